@@ -1,0 +1,98 @@
+"""Multi-head self-attention, three times with one signature.
+
+    attend(q_NHK, k_NHK, v_NHK, layout, dropout_p) -> Attended
+
+``eager``  softmax(q kᵀ / √K + mask) v, spelled out (Vaswani et al. 2017, equation 1); keeps the maps
+``sdpa``   the same by ``torch.nn.functional.scaled_dot_product_attention``
+``fused``  the project's own CUDA kernels on sequences without padding (``minibert/kernels``)
+
+The model picks one of them once, when it is built (``choose``), and never asks again.
+Shape legend: see layout.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minibert.layout import Block, Layout
+
+
+class Attended(NamedTuple):
+    """What attention gives back."""
+
+    context_NHK: Tensor
+    probs: list[Tensor] | None  # eager only: one (rows, H, S, S) a block, dropout applied
+
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor, Layout, float], Attended]
+
+
+def eager(
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float
+) -> Attended:
+    """Scores, softmax and weighted sum written out.
+
+    Args:
+        q_NHK, k_NHK, v_NHK: (N, H, K), any floating dtype, any stride over N.
+        layout: where the sentences lie.
+        dropout_p: probability of dropping an attention weight; 0 outside training.
+
+    Returns:
+        Context (N, H, K) and the attention maps.
+    """
+    contexts, probs = [], []
+    for block in layout.blocks:
+        q_BHSK, k_BHSK, v_BHSK = (_rectangle(x, block) for x in (q_NHK, k_NHK, v_NHK))
+        scores_BHSS = torch.matmul(q_BHSK, k_BHSK.transpose(2, 3)) * q_BHSK.shape[-1] ** -0.5
+        if block.valid_BS is not None:
+            # The lowest finite value and not -inf: a row in which everything is hidden then
+            # becomes uniform attention instead of NaN.
+            hidden = torch.finfo(scores_BHSS.dtype).min
+            mask_BS = torch.zeros_like(block.valid_BS, dtype=scores_BHSS.dtype)
+            mask_BS = mask_BS.masked_fill(~block.valid_BS, hidden)
+            scores_BHSS = scores_BHSS + mask_BS[:, None, None, :]
+        probs_BHSS = F.dropout(F.softmax(scores_BHSS, dim=-1), dropout_p)
+        contexts.append(_flat(torch.matmul(probs_BHSS, v_BHSK)))
+        probs.append(probs_BHSS)
+    return Attended(_join(contexts), probs)
+
+
+def sdpa(
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float
+) -> Attended:
+    """The same by PyTorch's kernel, which keeps no attention maps. Arguments as ``eager``."""
+    contexts = []
+    for block in layout.blocks:
+        q_BHSK, k_BHSK, v_BHSK = (_rectangle(x, block) for x in (q_NHK, k_NHK, v_NHK))
+        mask_BHSS = None
+        if block.valid_BS is not None:
+            mask_BHSS = block.valid_BS[:, None, None, :].expand(-1, 1, block.length, -1)
+        context_BHSK = F.scaled_dot_product_attention(
+            q_BHSK,
+            k_BHSK,
+            v_BHSK,
+            attn_mask=mask_BHSS,
+            dropout_p=dropout_p,
+            scale=q_BHSK.shape[-1] ** -0.5,
+        )
+        contexts.append(_flat(context_BHSK))
+    return Attended(_join(contexts), None)
+
+
+def _rectangle(x_NHK: Tensor, block: Block) -> Tensor:
+    """The block's tokens as (rows, H, S, K): a view, nothing is copied."""
+    return x_NHK[block.tokens].unflatten(0, (block.rows, block.length)).transpose(1, 2)
+
+
+def _flat(x_BHSK: Tensor) -> Tensor:
+    """(rows, H, S, K) back to (rows * S, H, K)."""
+    return x_BHSK.transpose(1, 2).flatten(0, 1)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,1 @@
+"""The project's own CUDA kernels: sources, run-time build and launch."""

@@ -1,0 +1,149 @@
+"""How the sentences of a batch lie in memory.
+
+The body of the model works on a flat list of tokens, ``x_ND``. Linear layers, LayerNorm, GELU and
+dropout do not know what a sentence is; only positions and attention do, and they ask the layout.
+
+``Padded``: B sentences of S tokens, the short ones filled up; N = B * S.
+``Packed``: B sentences end to end and nothing between them; N = the sum of their lengths.
+
+To attention both are a few dense *blocks*, each a rectangle of equally long rows: a padded batch is
+one block with a mask, a packed batch one block for every run of neighbours of equal length.
+Sentences sorted by length therefore make few, large blocks; any order is correct.
+
+Shape legend, used in every file of the project:
+  B sentences   S padded length   N tokens in the batch   D hidden size   H heads   K head size
+  F feed-forward size   L labels   V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """A rectangle of the flat token axis: ``rows`` sentences of ``length`` tokens each."""
+
+    tokens: slice  # where it lies on the flat axis
+    rows: int
+    length: int
+    valid_BS: Tensor | None  # (rows, length) bool; None when every position is a real token
+
+
+@dataclass(frozen=True)
+class Padded:
+    """B sentences of S tokens each, padding included.
+
+    Args:
+        rows: B.
+        length: S.
+        valid_BS: (B, S) bool, True at real tokens; None when all are. Build with ``from_mask``.
+    """
+
+    rows: int
+    length: int
+    valid_BS: Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, rows: int, length: int, attention_mask: Tensor | None) -> Padded:
+        """Layout of a padded batch; ``attention_mask`` is (B, S), nonzero at real tokens.
+
+        A mask that hides nothing becomes None: the reference does the same, and attention without
+        a mask takes another kernel, whose last bits differ.
+
+        Raises:
+            ValueError: the mask's shape is not (B, S).
+        """
+        if attention_mask is None:
+            return cls(rows, length)
+        if attention_mask.shape != (rows, length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, "
+                f"but input_ids has {(rows, length)}: they must be equal"
+            )
+        valid_BS = attention_mask != 0
+        return cls(rows, length, None if bool(valid_BS.all()) else valid_BS)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The whole batch as one block."""
+        return (Block(slice(0, self.rows * self.length), self.rows, self.length, self.valid_BS),)
+
+    def spread_positions(self, table_PD: Tensor) -> Tensor:
+        """Rows of the position table for every token: (N, D).
+
+        ``expand`` and not an index: its gradient is the sum over the batch, the order in which
+        transformers adds it up.
+        """
+        position_SD = table_PD[: self.length]
+        return position_SD.expand(self.rows, -1, -1).reshape(-1, table_PD.shape[1])
+
+    def unflatten(self, x_N: Tensor) -> Tensor:
+        """(N, ...) to (B, S, ...)."""
+        return x_N.view(self.rows, self.length, *x_N.shape[1:])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B sentences end to end, no padding. Build with ``from_lengths``.
+
+    Args:
+        lengths: tokens of each sentence, in the order they lie in memory.
+        starts: (B + 1,) int32, sentence b holds tokens ``starts[b]:starts[b + 1]``
+            (the ``cu_seqlens`` of flash attention).
+        position_N: (N,) int64, each token's position in its sentence.
+    """
+
+    lengths: tuple[int, ...]
+    starts: Tensor
+    position_N: Tensor
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], device: torch.device | str | None = None
+    ) -> Packed:
+        """Layout of sentences of these lengths.
+
+        Raises:
+            ValueError: no sentence, or one of no tokens.
+        """
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths must be positive and at least one, got {list(lengths)[:8]}")
+        length_B = torch.tensor(lengths, dtype=torch.int32)
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(length_B, 0, out=starts[1:])
+        first_N = torch.repeat_interleave(starts[:-1].long(), length_B.long())
+        position_N = torch.arange(int(starts[-1])) - first_N
+        return cls(tuple(lengths), starts.to(device), position_N.to(device))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sentence."""
+        return max(self.lengths)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """One block for every run of neighbouring sentences of equal length."""
+        blocks, start = [], 0
+        for length, run in groupby(self.lengths):
+            rows = sum(1 for _ in run)
+            blocks.append(Block(slice(start, start + rows * length), rows, length, None))
+            start += rows * length
+        return tuple(blocks)
+
+    def spread_positions(self, table_PD: Tensor) -> Tensor:
+        """Rows of the position table for every token: (N, D)."""
+        return table_PD[self.position_N]
+
+    def unflatten(self, x_N: Tensor) -> Tensor:
+        """A packed batch has no rectangle to return to: (N, ...) stays (N, ...)."""
+        return x_N
+
+
+Layout = Padded | Packed
