@@ -1,7 +1,7 @@
 """Where checkpoints and corpora come from: pinned files, found locally or downloaded.
 
-A name is looked up in this order: a directory given by path; ``weights/NAME`` in the current
-directory; ``$MINIBERT_HOME/weights/NAME``; then it is downloaded there. Every file is pinned by
+A name is looked up in this order: a directory given by path; ``weights/NAME`` beside the package;
+``$MINIBERT_HOME/weights/NAME``; then it is downloaded. Every file is pinned by
 size and SHA-256, and one that does not match never gets the good name.
 """
 
@@ -134,15 +134,18 @@ def _locate(source: Source, kind: str, name: str) -> Path:
             for pin in source.files:
                 _check(folder / pin.name, pin)
             return folder
-    return download(source, _checkout() / kind / name if _is_checkout() else home() / kind / name)
+    return download(source, default_folder(kind, name))
+
+
+def default_folder(kind: str, name: str) -> Path:
+    """Where a download goes: into ``weights/`` of the checkout, else under ``home()``."""
+    if kind == "weights" and (_checkout() / "pyproject.toml").is_file():
+        return _checkout() / kind / name
+    return home() / kind / name
 
 
 def _checkout() -> Path:
     return Path(__file__).resolve().parent.parent
-
-
-def _is_checkout() -> bool:
-    return (_checkout() / "pyproject.toml").is_file()
 
 
 def _check(path: Path, pin: Pin) -> None:
