@@ -139,8 +139,10 @@ def windows(sizes: Sequence[int], limit: int, stride: int) -> list[Window]:
             stop += 1
         if stop == len(sizes):
             return [*result, Window(start, stop, own_start, stop)]
+        # The next window must also have room for the word at which this one ended.
         next_start, shared = stop, 0
-        while next_start > start + 1 and shared + sizes[next_start - 1] <= stride:
+        most = min(stride, limit - sizes[stop])
+        while next_start > start + 1 and shared + sizes[next_start - 1] <= most:
             next_start -= 1
             shared += sizes[next_start]
         own_stop = (next_start + stop + 1) // 2
