@@ -176,7 +176,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from minibert.machine import describe
+    from minibert.info import describe
 
     print(describe())
     return 0

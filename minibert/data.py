@@ -15,7 +15,7 @@ from minibert.files import MinibertError, read_text
 from minibert.layout import Packed
 from minibert.tokenizer import Tokenizer, windows
 
-IGNORE = -100  # the label of a piece that does not count, as in model.py
+IGNORE = -100  # the label of a piece that does not count in the loss
 TAG = re.compile(r"O|[BI]-\S+")
 
 

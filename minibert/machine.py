@@ -1,9 +1,7 @@
-"""What this machine can do, and what "auto" therefore means on it."""
+"""Which device and which number format "auto" takes here, and why."""
 
 from __future__ import annotations
 
-import os
-import platform
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -83,49 +81,3 @@ def choose_dtype(name: str, device: torch.device) -> DtypeChoice:
 def name_of(dtype: torch.dtype) -> str:
     """ "fp32", "bf16" or "fp16"."""
     return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-def describe() -> str:
-    """The page that ``minibert info`` prints."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from minibert import __version__, attention, hub
-
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    packages = ("torch", "numpy", "tokenizers", "safetensors")
-    device = choose_device()
-    dtype = choose_dtype("auto", device)
-    choice = attention.choose("auto", device)
-    lines = [
-        f"minibert     {__version__}",
-        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
-        f"packages     {', '.join(f'{package} {of(package)}' for package in packages)}",
-        f"cpu          {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        f"cpu dtype    {_line(choose_dtype('auto', torch.device('cpu')))}",
-        f"gpu          {_gpus()}",
-        f"home         {hub.home()}",
-        f"attention    {', '.join(attention.IMPLEMENTATIONS)}",
-        f"auto device  {device}",
-        f"auto dtype   {_line(dtype)}",
-        f"auto attn    {choice.name}: {choice.reason}",
-    ]
-    return "\n".join(lines)
-
-
-def _line(choice: DtypeChoice) -> str:
-    return f"{name_of(choice.dtype)}: {choice.reason}"
-
-
-def _gpus() -> str:
-    if not torch.cuda.is_available():
-        return "none that torch can use"
-    found = []
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        found.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
-    return "; ".join(found)

@@ -26,13 +26,12 @@ from torch import Tensor, nn
 from minibert import attention, hub, weights
 from minibert.attention import AttentionFn
 from minibert.config import BertConfig
+from minibert.data import IGNORE
 from minibert.files import write_text
 from minibert.layout import Layout, Packed, Padded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-IGNORE = -100  # the label of a token that does not count in the loss
 
 
 def draw(module: nn.Module, std: float) -> None:

@@ -19,6 +19,12 @@ from minibert.files import MinibertError, replacing
 log = logging.getLogger("minibert")
 
 WEIGHTS = "model.safetensors"
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 # Ours on the left, the checkpoint's on the right; {i} runs over the layers. The order is that of
 # the parameters in the module, which is also the order in which fresh ones are drawn.
@@ -208,27 +214,34 @@ def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> 
 def save(model: nn.Module, path: Path) -> None:
     """Write the parameters under their checkpoint names, whole or not at all.
 
-    The file's metadata carries a hash of the tensors, so that a flipped bit is found on loading.
+    The same weights give the same bytes: the safetensors library orders the metadata by chance, so
+    the header (its length, JSON, padding to 8 bytes) is written here. The metadata carries a hash
+    of the tensors, so that a flipped bit is found on loading.
 
     Raises:
         MinibertError: the directory cannot be written or the disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {
         theirs: model.get_parameter(ours).detach().cpu().contiguous()
-        for ours, theirs in names_of(model).items()
+        for ours, theirs in sorted(names_of(model).items(), key=lambda names: names[1])
     }
-    with replacing(path) as temporary:
-        try:
-            save_file(
-                tensors,
-                temporary,
-                metadata={"format": "pt", "minibert.sha256": _digest(tensors)},
-            )
-        except SafetensorError as error:
-            raise OSError(0, str(error)) from error
+    header: dict[str, dict] = {
+        "__metadata__": {"format": "pt", "minibert.sha256": _digest(tensors)}
+    }
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -237,5 +250,9 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,49 @@
+"""What this machine has and what "auto" takes on it: the page that ``minibert info`` prints."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+from minibert import __version__, attention, hub
+from minibert.machine import DtypeChoice, choose_device, choose_dtype, name_of
+
+
+def describe() -> str:
+    """The page that ``minibert info`` prints."""
+    names = ("torch", "numpy", "tokenizers", "safetensors")
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
+    device = choose_device()
+    dtype = choose_dtype("auto", device)
+    choice = attention.choose("auto", device)
+    lines = [
+        f"minibert     {__version__}",
+        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"packages     {packages}",
+        f"cpu          {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        f"cpu dtype    {_line(choose_dtype('auto', torch.device('cpu')))}",
+        f"gpu          {_gpus()}",
+        f"home         {hub.home()}",
+        f"attention    {', '.join(attention.IMPLEMENTATIONS)}",
+        f"auto device  {device}",
+        f"auto dtype   {_line(dtype)}",
+        f"auto attn    {choice.name}: {choice.reason}",
+    ]
+    return "\n".join(lines)
+
+
+def _line(choice: DtypeChoice) -> str:
+    return f"{name_of(choice.dtype)}: {choice.reason}"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return "; ".join(found)

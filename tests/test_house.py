@@ -1,0 +1,75 @@
+"""House rules: who may import whom, and how large a module may grow."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "minibert"
+
+# From the ground up. A module imports from floors below its own, or beside it on the ground.
+FLOORS = (
+    {"files", "layout"},
+    {"config", "curve", "metrics", "optim", "tokenizer", "machine", "hub", "weights", "kernels"},
+    {"attention", "data"},
+    {"model", "democorpus"},
+    {"tagger", "verify", "info"},
+    {"evaluation"},
+    {"cli"},
+)
+FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
+
+
+def modules() -> dict[str, ast.Module]:
+    files = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    files["kernels"] = PACKAGE / "kernels" / "__init__.py"
+    return {name: ast.parse(path.read_text()) for name, path in files.items()}
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "minibert":
+            found += [f"minibert.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+    return found
+
+
+def test_imports_go_downward_only() -> None:
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    trees = modules()
+    assert floor.keys() == trees.keys(), "every module has a floor"
+    for name, tree in trees.items():
+        for imported in imports(tree):
+            if imported.startswith("minibert."):
+                other = imported.split(".")[1]
+                if other.startswith("_"):
+                    continue  # __version__
+                assert floor[other] < floor[name], f"{name} imports {other}, which is not below it"
+
+
+def test_the_package_needs_only_what_it_declares() -> None:
+    for name, tree in modules().items():
+        assert not FORBIDDEN & {i.split(".")[0] for i in imports(tree)}, name
+
+
+def test_no_pickle_is_opened() -> None:
+    for path in [*PACKAGE.rglob("*.py"), ROOT / "train.py"]:
+        assert not re.search(r"torch\.load\(|pickle\.load|import pickle", path.read_text()), path
+
+
+def test_modules_fit_in_a_head() -> None:
+    for path in [*PACKAGE.rglob("*.py"), ROOT / "train.py"]:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400, f"{path.name} has {lines} lines: split it"
+
+
+def test_the_readme_maps_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in modules():
+        assert f"`{name}.py`" in readme or f"`{name}/`" in readme, name

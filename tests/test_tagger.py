@@ -1,0 +1,281 @@
+"""From text to entities: places, windows, streams, and the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minibert import BertForTokenClassification, Tagger, Tokenizer, cli
+from minibert.data import labels_of
+from minibert.democorpus import generate
+from minibert.evaluation import evaluate
+from minibert.files import MinibertError
+from minibert.tagger import Entity, Label, Words, entities, join, split
+
+TRAIN, TEST = generate()
+
+
+@pytest.fixture(scope="module")
+def directory(minilm: Path, tmp_path_factory) -> Path:
+    """A tagger with MiniLM's body and an untrained head whose answers vary with the word."""
+    folder = tmp_path_factory.mktemp("tagger")
+    model = BertForTokenClassification.from_pretrained(minilm, labels=labels_of(TRAIN), seed=0)
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    model.save_pretrained(folder)
+    Tokenizer.from_pretrained(minilm).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tagger(directory: Path) -> Tagger:
+    return Tagger.from_pretrained(directory, dtype="fp32")
+
+
+def names(labels: list[Label]) -> list[str]:
+    return [label.name for label in labels]
+
+
+def test_two_thousand_words_get_two_thousand_labels(tagger: Tagger) -> None:
+    words = [word for sentence in TRAIN for word in sentence.words][:2000]
+    (labels,) = tagger.label([words])
+    assert len(labels) == 2000
+    assert len(set(names(labels))) > 3
+    assert all(0 < label.score <= 1 for label in labels)
+
+
+def test_a_windowed_text_that_fits_equals_the_unwindowed_one(
+    tagger: Tagger, directory: Path
+) -> None:
+    """The same words through the windowing code at a limit they just fit, and without it."""
+    words = list(TRAIN[0].words)
+    sizes = [len(ids) for ids in tagger.tokenizer.pieces([words])[0]]
+    ids = [
+        tagger.tokenizer.cls_id,
+        *(i for word in tagger.tokenizer.pieces([words])[0] for i in word),
+        tagger.tokenizer.sep_id,
+    ]
+    with torch.inference_mode():
+        logits = tagger.model(torch.tensor([ids])).logits[0].softmax(-1)
+    firsts = [1 + sum(sizes[:i]) for i in range(len(words))]
+    (labels,) = tagger.label([words])
+    assert names(labels) == [tagger.model.config.labels[logits[f].argmax()] for f in firsts]
+
+    small = Tagger.from_pretrained(directory, dtype="fp32")
+    from dataclasses import replace
+
+    small.model.config = replace(small.model.config, max_position_embeddings=len(ids))
+    assert list(small.label([words])) == [labels]
+    small.model.config = replace(small.model.config, max_position_embeddings=len(ids) - 1)
+    assert len(next(small.label([words]))) == len(words)
+
+
+def test_order_and_padding_do_not_change_labels(directory: Path, tagger: Tagger) -> None:
+    sentences = [s.words for s in TEST[:120]]
+    padding = Tagger.from_pretrained(directory, dtype="fp32", pack=False, batch_tokens=300)
+    one_by_one = [next(tagger.label([words])) for words in sentences[:20]]
+    packed, padded = list(tagger.label(sentences)), list(padding.label(sentences))
+    assert [names(x) for x in packed] == [names(x) for x in padded]
+    assert [names(x) for x in packed[:20]] == [names(x) for x in one_by_one]
+
+
+def test_streaming_reads_no_more_than_a_pool_ahead(tagger: Tagger) -> None:
+    read = 0
+
+    def texts():
+        nonlocal read
+        for _ in range(3000):
+            read += 1
+            yield "jaws"
+
+    stream = tagger.tag_texts(texts())
+    next(stream)
+    assert read == 1024
+
+
+def test_what_a_call_takes(tagger: Tagger) -> None:
+    text, words = "who directed jaws", ["who", "directed", "jaws"]
+    one = tagger(text)
+    assert all(isinstance(entity, Entity) for entity in one)
+    assert tagger(words) == one
+    # Beside others the last bits of a score may differ: compare the rest.
+    bare = [entity[:4] for entity in one]
+    for several in ([words, text], [text, "alien"]):
+        assert [entity[:4] for entity in tagger(several)[0]] == bare
+    assert tagger("") == tagger([]) == tagger(" \n ") == []
+    assert tagger(["", "two words"])[0] == []
+
+
+@given(st.text(max_size=80))
+def test_spans_slice_back_to_words(text: str) -> None:
+    words = split(text)
+    assert [text[a:b] for a, b in words.spans] == words.words
+    assert all(word and not any(c.isspace() for c in word) for word in words.words)
+    assert "".join(words.words) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("who directed jaws?", ["who", "directed", "jaws", "?"]),
+        ('"the godfather", 1972.', ['"', "the", "godfather", '"', ",", "1972", "."]),
+        ("don't  spider-man\tPG-13", ["don't", "spider-man", "PG-13"]),
+        ("...", [".", ".", "."]),
+    ],
+)
+def test_words_of_a_text(text: str, expected: list[str]) -> None:
+    assert split(text).words == expected
+
+
+def test_entities_from_labels() -> None:
+    words = split("who is the dark knight, really")
+    tags = ["O", "O", "B-TITLE", "I-TITLE", "I-TITLE", "I-ACTOR", "B-ACTOR"]
+    found = entities(words, [Label(tag, 0.5) for tag in tags])
+    assert found == [
+        Entity("the dark knight", "TITLE", 7, 22, 0.5),
+        Entity(",", "ACTOR", 22, 23, 0.5),
+        Entity("really", "ACTOR", 24, 30, 0.5),
+    ]
+    assert join(["a", "bc"]) == Words("a bc", ["a", "bc"], [(0, 1), (2, 4)])
+
+
+def test_evaluation_agrees_with_labels(tagger: Tagger) -> None:
+    report = evaluate(tagger, TEST[:50], "demo")
+    predicted = [names(x) for x in tagger.label(s.words for s in TEST[:50])]
+    right = sum(a == b for s, p in zip(TEST, predicted) for a, b in zip(s.tags, p))
+    words = sum(len(s.words) for s in TEST[:50])
+    assert report.token.micro_with_o == right / words
+    assert "entity F1 (seqeval default, conlleval)" in report.table()
+    assert "words: true, taken for" in report.table()
+
+
+def test_models_that_cannot_tag_are_refused(directory: Path, minilm: Path, tmp_path: Path) -> None:
+    with pytest.raises(MinibertError, match=r"has no trained classifier\.weight: train it first"):
+        Tagger.from_pretrained(minilm)
+    with pytest.raises(MinibertError, match="no such directory"):
+        Tagger.from_pretrained(tmp_path / "none")
+    model = BertForTokenClassification.from_pretrained(minilm, num_labels=2)
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    with pytest.raises(MinibertError, match="the label 'LABEL_0' is none"):
+        Tagger(model, tokenizer)
+
+
+# The command line
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: str | Path) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_tag_prints_text_and_json(directory: Path, tagger: Tagger, capsys) -> None:
+    text = "who directed the frozen station"
+    status, out, _ = run(capsys, "tag", directory, text, "--dtype", "fp32", "--json")
+    assert status == 0
+    entities = [entity._asdict() for entity in tagger(text)]
+    found = json.loads(out)
+    assert found["text"] == text
+    assert [(e["text"], e["start"]) for e in found["entities"]] == [
+        (e["text"], e["start"]) for e in entities
+    ]
+    status, out, _ = run(capsys, "tag", directory, "who", "directed", "the", "frozen", "station")
+    assert status == 0
+    for entity in entities:
+        assert f"[{entity['text']} {entity['type']} " in out
+
+
+def test_tag_streams_standard_input(directory: Path, capsys, monkeypatch) -> None:
+    lines = "who directed jaws\n\nalien, é\r\nlast line"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    status, out, _ = run(capsys, "tag", directory, "--json")
+    assert status == 0
+    texts = [json.loads(line)["text"] for line in out.splitlines()]
+    assert texts == ["who directed jaws", "", "alien, é", "last line"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\nbad \xff\n")))
+    status, out, err = run(capsys, "tag", directory)
+    assert status == 2
+    assert err == "minibert: standard input:2: byte 0xff is not UTF-8: convert it first\n"
+
+
+def test_evaluate_prints_table_and_json(directory: Path, capsys, tmp_path: Path) -> None:
+    path = tmp_path / "test.bio"
+    lines = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in TEST[:20]]
+    path.write_text("\n".join(lines))
+    status, out, _ = run(capsys, "evaluate", directory, path, "--json", "--dtype", "fp32")
+    assert status == 0
+    numbers = json.loads(out)
+    assert numbers["sentences"] == 20
+    assert 0 <= numbers["entity_f1"] <= 1
+    status, out, _ = run(capsys, "evaluate", directory, path, "--dtype", "fp32", "--padded")
+    assert f"entity F1 (seqeval default, conlleval)   {numbers['entity_f1']:8.2%}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tag", "nowhere", "hello"), "nowhere: no such directory"),
+        (("tag", "{dir}", "hello", "--device", "warp"), "device 'warp'"),
+        (("evaluate", "{dir}", "nowhere.bio"), "nowhere.bio: cannot be read"),
+        (("evaluate", "{dir}", "{dir}"), "cannot be read (Is a directory)"),
+        (("evaluate", "{dir}", "{tmp}/one.bio"), "one.bio:1: 'alone' has one column"),
+        (("evaluate", "{dir}", "{tmp}/label.bio"), "label.bio:2: the model has no label B-DOG"),
+        (("evaluate", "{dir}", "{tmp}/orphan.bio"), "orphan.bio:1: I-TITLE follows O"),
+        (("evaluate", "{dir}", "{tmp}/empty.bio"), "empty.bio: no sentence in it"),
+        (("evaluate", "{dir}", "{tmp}/latin.bio"), "latin.bio:1: byte 0xe9 is not UTF-8"),
+        (("download", "robert"), "robert: not known: give one of bert-base-cased"),
+        (("verify", "robert", "{dir}"), "robert: not a known model"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    directory: Path, tmp_path: Path, capsys, arguments: tuple, message: str
+) -> None:
+    (tmp_path / "one.bio").write_text("alone\n")
+    (tmp_path / "label.bio").write_text("O\ta\nB-DOG\trex\n")
+    (tmp_path / "orphan.bio").write_text("I-TITLE\tjaws\n")
+    (tmp_path / "empty.bio").write_text("")
+    (tmp_path / "latin.bio").write_bytes(b"O\tcaf\xe9\n")
+    given = [a.format(dir=directory, tmp=tmp_path) for a in arguments]
+    status, out, err = run(capsys, *given)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("minibert: ")
+    assert err.count("\n") == 1
+
+
+def test_verify_says_fail_for_other_weights(directory: Path, minilm: Path, capsys) -> None:
+    status, out, _ = run(capsys, "verify", "minilm", directory)
+    assert status == 1
+    assert out.endswith("FAIL\n")
+    status, out, _ = run(capsys, "verify", "minilm", minilm)
+    assert status == 0
+    assert out.endswith("PASS\n")
+
+
+def test_info_says_what_auto_takes(capsys) -> None:
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    for word in ("auto dtype", "auto attn", "torch", "cpu dtype", "eager, sdpa"):
+        assert word in out
+
+
+def test_help_starts_without_torch() -> None:
+    probe = "import sys; from minibert import cli; cli._parser(); print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+    probe = (
+        "import sys; from minibert import Tagger; "
+        "print([m for m in ('transformers', 'matplotlib', 'tokenizers', 'safetensors')"
+        " if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"

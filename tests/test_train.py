@@ -1,0 +1,122 @@
+"""train.py as a user runs it: real weights, a small file, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minibert import Tagger, democorpus
+from minibert.files import sha256_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """48 training and 16 test sentences."""
+    folder = tmp_path_factory.mktemp("bio")
+    train, test = democorpus.generate()
+    for name, sentences in (("train.bio", train[:48]), ("test.bio", test[:16])):
+        blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences]
+        (folder / name).write_text("\n".join(blocks))
+    # The test may hold no label that training lacks: train on both kinds of labels.
+    return folder
+
+
+def train(output: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "train.py", "--output", output, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_leaves_what_it_promises_and_repeats_to_the_bit(
+    files: Path, minilm: Path, tmp_path: Path
+) -> None:
+    arguments = ("--model", minilm, "--train", files / "train.bio", "--dev", "0.25")
+    arguments += ("--epochs", "2", "--batch-size", "8", "--seed", "3", "--device", "cpu")
+    first = train(tmp_path / "a", *arguments)
+    assert first.returncode == 0, first.stderr
+    for text in (
+        "newly initialised: classifier.weight",
+        "epoch 2, dev: entity F1",
+        "training loss",
+    ):
+        assert text in first.stdout
+    output = tmp_path / "a"
+    assert {path.name for path in output.iterdir()} == {
+        "best",
+        "last",
+        "loss.png",
+        "metrics.jsonl",
+        "report.json",
+    }
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 11))
+    assert steps[0]["lr"] == 0.0  # the first step of the warm-up
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [entry["epoch"] for entry in log if entry.get("set") == "dev"] == [1, 2]
+    assert isinstance(Tagger.from_pretrained(output / "best")("who directed jaws"), list)
+
+    again = train(tmp_path / "b", *arguments)
+    assert again.returncode == 0, again.stderr
+    for name in ("best", "last"):
+        path = Path(name) / "model.safetensors"
+        assert sha256_of(tmp_path / "a" / path) == sha256_of(tmp_path / "b" / path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--recipe", "paper", "--warmup", "0.1"),
+        ("--layout", "longest", "--accumulate", "3", "--dtype", "fp32", "--optimizer", "google"),
+        ("--dtype", "fp16", "--optimizer", "transformers", "--attn", "eager"),
+    ],
+    ids=["paper", "padded and accumulated", "fp16 with a scaler"],
+)
+def test_every_kind_of_run(files: Path, minilm: Path, tmp_path: Path, arguments: tuple) -> None:
+    ran = train(
+        tmp_path / "out",
+        *("--model", minilm, "--train", files / "train.bio", "--test", files / "train.bio"),
+        *("--epochs", "1", "--batch-size", "8", "--device", "cpu", *arguments),
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "train.bio" not in ran.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["sentences"] == 48
+    assert not (tmp_path / "out" / "best").exists()  # nothing was held out to choose by
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "robert", "--corpus", "demo"), "robert: neither a directory nor a known"),
+        (("--model", "{minilm}", "--train", "none.bio"), "none.bio: cannot be read"),
+        (("--model", "{minilm}", "--corpus", "demo", "--dev", "2"), "--dev 2: neither a file"),
+        (("--model", "{minilm}", "--corpus", "demo", "--lr", "-1"), "lr must be above 0"),
+        (("--model", "{minilm}", "--corpus", "demo", "--layout", "wide"), "layout must be packed"),
+        (("--model", "{minilm}", "--corpus", "demo", "--device", "warp"), "device 'warp'"),
+        (("--model", "{minilm}", "--corpus", "demo", "--optimizer", "sgd"), "optimizer must be"),
+    ],
+)
+def test_bad_input_is_said_before_anything_is_written(
+    minilm: Path, tmp_path: Path, arguments: tuple, message: str
+) -> None:
+    ran = train(tmp_path / "out", *(a.format(minilm=minilm) for a in arguments))
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written(files: Path, minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    ran = train(tmp_path / "locked" / "out", "--model", minilm, "--train", files / "train.bio")
+    assert ran.returncode == 2
+    assert "cannot be written" in ran.stderr

@@ -1,0 +1,402 @@
+"""Checkpoints in every naming, in and out, and every way in which a file can be bad."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer, weights
+from minibert.files import MinibertError
+from minibert.verify import check_scores, fill_mask
+
+CONFIG = BertConfig(
+    vocab_size=97,
+    hidden_size=24,
+    num_attention_heads=3,
+    num_hidden_layers=2,
+    intermediate_size=40,
+    max_position_embeddings=32,
+    labels=("O", "B-X", "I-X"),
+)
+
+
+def official_header() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the official bert-base-cased file: gamma and beta, a pooler, no decoder.
+
+    A statement of the published file's contents, checked below against its published size.
+    """
+    D, F, V = 768, 3072, 28996
+    shapes: dict[str, tuple[int, ...]] = {
+        "bert.embeddings.word_embeddings.weight": (V, D),
+        "bert.embeddings.position_embeddings.weight": (512, D),
+        "bert.embeddings.token_type_embeddings.weight": (2, D),
+        "bert.pooler.dense.weight": (D, D),
+        "bert.pooler.dense.bias": (D,),
+        "cls.predictions.bias": (V,),
+        "cls.predictions.transform.dense.weight": (D, D),
+        "cls.predictions.transform.dense.bias": (D,),
+        "cls.seq_relationship.weight": (2, D),
+        "cls.seq_relationship.bias": (2,),
+    }
+    norms = ["bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"]
+    for i in range(12):
+        layer = f"bert.encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            shapes[f"{layer}.attention.self.{name}.weight"] = (D, D)
+            shapes[f"{layer}.attention.self.{name}.bias"] = (D,)
+        shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
+        shapes[f"{layer}.attention.output.dense.bias"] = (D,)
+        shapes[f"{layer}.intermediate.dense.weight"] = (F, D)
+        shapes[f"{layer}.intermediate.dense.bias"] = (F,)
+        shapes[f"{layer}.output.dense.weight"] = (D, F)
+        shapes[f"{layer}.output.dense.bias"] = (D,)
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    for norm in norms:
+        shapes[f"{norm}.gamma"] = shapes[f"{norm}.beta"] = (D,)
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory, mit_movie: Path) -> Path:
+    """A checkpoint with the official header and tokenizer, and made-up values."""
+    folder = tmp_path_factory.mktemp("bert-base-cased")
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape, generator=draw) * 0.02 + (1.0 if name.endswith("gamma") else 0.0)
+        for name, shape in official_header().items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    real = mit_movie.parent.parent / "weights" / "bert-base-cased"
+    for name in ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((real / name).read_bytes())
+    return folder
+
+
+def test_the_official_header_has_the_published_size(official: Path) -> None:
+    """206 tensors; names and shapes alone fix the length of header and data to the byte."""
+    path = official / "model.safetensors"
+    assert len(official_header()) == 206
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+    data = sum(4 * math.prod(shape) for shape in official_header().values())
+    assert path.stat().st_size == 8 + header_size + data == 435755784
+
+
+def test_the_official_file_loads_and_reports(official: Path) -> None:
+    model = BertForTokenClassification.from_pretrained(official, labels=["O", "B-X"], seed=1)
+    report = model.load_report
+    assert report.initialised == ("classifier.weight", "classifier.bias")
+    assert report.unused == (
+        "bert.pooler.dense.bias",
+        "bert.pooler.dense.weight",
+        "cls.predictions.bias",
+        "cls.predictions.transform.LayerNorm.bias",
+        "cls.predictions.transform.LayerNorm.weight",
+        "cls.predictions.transform.dense.bias",
+        "cls.predictions.transform.dense.weight",
+        "cls.seq_relationship.bias",
+        "cls.seq_relationship.weight",
+    )
+    raw = load_file(official / "model.safetensors")
+    assert torch.equal(model.bert.embeddings.norm.weight, raw["bert.embeddings.LayerNorm.gamma"])
+    assert model.config.labels == ("O", "B-X")
+    assert not model.training
+
+
+def test_fill_mask_arithmetic_equals_transformers(official: Path) -> None:
+    """What `minibert verify` computes, on the official header with made-up values."""
+    ours = BertForMaskedLM.from_pretrained(official, attn_implementation="sdpa")
+    assert ours.load_report.initialised == ()
+    theirs = transformers.BertForMaskedLM.from_pretrained(official, attn_implementation="sdpa")
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(official)
+    tokenizer = Tokenizer.from_pretrained(official)
+    for text in ("Hello I'm a [MASK] model.", "The woman worked as a [MASK]."):
+        inputs = theirs_tokenizer(text, return_tensors="pt")
+        place = inputs.input_ids[0].tolist().index(theirs_tokenizer.mask_token_id)
+        with torch.inference_mode():
+            expected = theirs.eval()(**inputs).logits[0, place].softmax(-1)
+        assert torch.equal(fill_mask(ours, tokenizer, text), expected)
+        top = expected.topk(5)
+        right = dict(zip(top.indices.tolist(), top.values.tolist()))
+        wrong = {i: p + (2e-4 if i == top.indices[4] else 0) for i, p in right.items()}
+        other = {**dict(list(right.items())[:4]), 7: right[top.indices[4].item()]}
+        passed = [
+            next(iter(check_scores(ours, tokenizer, [(text, case)]))).passed
+            for case in (right, wrong, other)
+        ]
+        assert passed == [True, False, False]
+    with pytest.raises(ValueError, match="exactly once"):
+        fill_mask(ours, tokenizer, "no mask")
+
+
+def saved(folder: Path, rename=lambda name: name, drop=(), **extra: torch.Tensor) -> Path:
+    """A small checkpoint under other names; ``extra`` tensors have dots for double underscores."""
+    torch.manual_seed(3)
+    model = BertForTokenClassification(CONFIG)
+    folder.mkdir(exist_ok=True)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {rename(name): t for name, t in tensors.items() if name not in drop}
+    renamed |= {name.replace("__", "."): tensor for name, tensor in extra.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def old_norms(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [str, old_norms, lambda name: name.removeprefix("bert.")],
+    ids=["plain", "gamma and beta", "no prefix"],
+)
+def test_every_naming_loads(tmp_path: Path, rename) -> None:
+    extra = {"embeddings__position_ids": torch.arange(32)[None]}
+    folder = saved(tmp_path / "a", rename, **extra)
+    model = BertForTokenClassification.from_pretrained(folder)
+    reference = BertForTokenClassification.from_pretrained(saved(tmp_path / "b"))
+    assert model.load_report == weights.LoadReport((), ())
+    assert str(model.load_report) == "every tensor used, none missing"
+    for (name, a), b in zip(model.named_parameters(), reference.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_gamma_is_renamed_in_layer_norms_only(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", other__gamma=torch.ones(3))
+    assert BertForTokenClassification.from_pretrained(folder).load_report.unused == ("other.gamma",)
+
+
+def test_what_is_missing_is_drawn_and_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", drop=("classifier.bias", "bert.embeddings.LayerNorm.weight"))
+    model = BertForTokenClassification.from_pretrained(folder)
+    names = ("bert.embeddings.LayerNorm.weight", "classifier.bias")
+    assert model.load_report.initialised == names
+    assert str(model.load_report) == "newly initialised: " + ", ".join(names)
+    assert model.bert.embeddings.norm.weight.eq(1).all()
+
+
+def test_real_checkpoint_reports_its_extras(minilm: Path) -> None:
+    report = BertForMaskedLM.from_pretrained(minilm).load_report
+    assert report.unused == ("bert.pooler.dense.bias", "bert.pooler.dense.weight")
+    assert all(name.startswith("cls.predictions.") for name in report.initialised)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_saved_directory_opens_in_transformers(
+    tmp_path: Path, minilm: Path, dtype: torch.dtype
+) -> None:
+    labels = ("O", "B-A", "I-A")
+    model = BertForTokenClassification.from_pretrained(minilm, labels=labels, dtype=dtype, seed=0)
+    model.save_pretrained(tmp_path)
+    Tokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    theirs, info = transformers.BertForTokenClassification.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=dtype, attn_implementation="sdpa"
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert theirs.config.id2label == dict(enumerate(labels))
+    again = BertForTokenClassification.from_pretrained(
+        tmp_path, attn_implementation="sdpa", dtype=dtype
+    )
+    assert again.config == model.config
+    ids = torch.tensor([[101, 2040, 2856, 16113, 102]])
+    with torch.inference_mode():
+        assert torch.equal(theirs(ids).logits, again(ids).logits)
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in "abcd":
+        torch.manual_seed(0)
+        BertForTokenClassification(CONFIG).save_pretrained(tmp_path / name)
+    files = {(tmp_path / name / "model.safetensors").read_bytes() for name in "abcd"}
+    assert len(files) == 1
+
+
+def test_what_transformers_saves_opens_here(tmp_path: Path) -> None:
+    theirs = transformers.BertForTokenClassification(
+        transformers.BertConfig(**CONFIG.to_dict("BertForTokenClassification"))
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = BertForTokenClassification.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert ours.load_report == weights.LoadReport((), ())
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.inference_mode():
+        assert torch.equal(theirs(ids).logits, ours(ids).logits)
+
+
+def test_loaded_weights_do_not_follow_the_file(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a")
+    model = BertForTokenClassification.from_pretrained(folder)
+    before = model.classifier.weight.clone()
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(model.classifier.weight, before)
+
+
+# What is bad ends in one clear line.
+
+
+def refused(folder: Path, match: str, **options) -> None:
+    with pytest.raises(MinibertError, match=match) as raised:
+        BertForTokenClassification.from_pretrained(folder, **options)
+    assert "\n" not in str(raised.value)
+    assert str(folder) in str(raised.value)
+
+
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(folder, "damaged or not a safetensors file")
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """Header or data: a file that this project saved carries a hash of its tensors."""
+    torch.manual_seed(0)
+    BertForTokenClassification(CONFIG).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    draw = torch.Generator().manual_seed(1)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = torch.randint(0, header, (150,), generator=draw).tolist()
+    places += torch.randint(header, len(whole), (50,), generator=draw).tolist()
+    flipped_data = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            BertForTokenClassification.from_pretrained(tmp_path)
+        except MinibertError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            flipped_data += place >= header
+        else:
+            # Only the free text of the metadata can change without changing a tensor.
+            start = whole.index(b"__metadata__")
+            assert start < place < whole.index(b"}", start), place
+    assert flipped_data == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"hidden_size": 32, "num_attention_heads": 4},
+            r"has shape \(97, 24\).*ask for \(97, 32\)",
+        ),
+        ({"vocab_size": 96}, "word_embeddings.weight has shape"),
+        ({"num_attention_heads": 5}, "not a multiple"),
+        ({"hidden_size": "24"}, "hidden_size must be a positive integer"),
+        ({"hidden_size": -24}, "hidden_size must be a positive integer"),
+        ({"hidden_dropout_prob": 1.5}, r"must be in \[0, 1\)"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"model_type": "roberta"}, "model_type is 'roberta'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"id2label": {"0": "O", "2": "B-X", "3": "I-X"}}, "without a gap"),
+        ({"id2label": {"0": "O", "1": "O"}}, "labels must be distinct"),
+        ({"id2label": ["O"]}, "id2label must map"),
+        ({"id2label": {"0": "O"}}, r"classifier.weight has shape \(3, 24\).*ask for \(1, 24\)"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, change: dict, match: str) -> None:
+    folder = saved(tmp_path / "a")
+    raw = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(raw))
+    refused(folder, match)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"a": 1'])
+def test_a_config_that_is_no_config_is_refused(tmp_path: Path, content: str) -> None:
+    folder = saved(tmp_path / "a")
+    (folder / "config.json").write_text(content)
+    refused(folder, "config.json: (not valid JSON|must hold)")
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, r"pytorch_model.bin: a pickle can run any code")
+    with pytest.raises(MinibertError, match="a pickle can run any code"):
+        weights.read(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").unlink()
+    refused(folder, "model.safetensors: no such file")
+
+
+def test_tensors_of_another_kind_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", classifier__bias=torch.zeros(3, dtype=torch.int64))
+    refused(folder, "classifier.bias has dtype torch.int64")
+    save_file({"conv.weight": torch.ones(2)}, folder / "model.safetensors")
+    refused(folder, "no tensor of a BERT in it")
+    untied = {"cls__predictions__decoder__weight": torch.ones(97, 24)}
+    refused(saved(tmp_path / "b", **untied), "decoder.weight differs")
+
+
+def test_arguments_that_contradict_each_other(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a")
+    refused(folder, r"classifier.weight has shape \(3, 24\)", num_labels=4)
+    with pytest.raises(ValueError, match="num_labels is 2, but 3 labels"):
+        BertForTokenClassification.from_pretrained(folder, num_labels=2, labels="abc")
+    with pytest.raises(ValueError, match="choose one of"):
+        BertForTokenClassification.from_pretrained(folder, attn_implementation="flash")
+
+
+LIMITED = """
+import resource, signal, sys
+from minibert import BertForTokenClassification, MinibertError
+model = BertForTokenClassification.from_pretrained(sys.argv[1])
+with __import__("torch").no_grad():
+    model.classifier.bias.fill_(5.0)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    model.save_pretrained(sys.argv[1])
+except MinibertError as error:
+    print(error)
+"""
+
+
+def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    """The write is cut off half-way, as a full disk would."""
+    folder = saved(tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ran = subprocess.run(
+        [sys.executable, "-c", LIMITED, folder], capture_output=True, text=True, check=True
+    )
+    assert "model.safetensors: cannot be written" in ran.stdout
+    assert "free some space" in ran.stdout
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount a small file system")
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk])
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        folder = saved(tmp_path / "a")
+        model = BertForTokenClassification.from_pretrained(folder)
+        model.save_pretrained(disk / "first")
+        with pytest.raises(MinibertError, match="cannot be written"):
+            [model.save_pretrained(disk / name) for name in ("second", "third", "fourth")]
+        for path in disk.rglob("*"):
+            assert not path.name.startswith("."), "a temporary file was left behind"
+        assert [weights.read(whole) for whole in disk.rglob("model.safetensors")]
+    finally:
+        subprocess.run(["umount", disk], check=True)
