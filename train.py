@@ -56,6 +56,7 @@ class Recipe:
     optimizer: str  # whose AdamW: torch, transformers or google
     layout: str  # packed; longest: padded to the longest of the batch; a number: to that
     bucket: int  # batches that are sorted by length together; 1: none
+    decode: str  # best: the most probable well-formed labels; each: of every word by itself
     accumulate: int = 1  # batches to a step of the optimiser
 
     def __post_init__(self) -> None:
@@ -69,6 +70,8 @@ class Recipe:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.optimizer not in SEMANTICS:
             raise ValueError(f"optimizer must be one of {', '.join(SEMANTICS)}")
+        if self.decode not in ("best", "each"):
+            raise ValueError(f"decode must be best or each, got {self.decode!r}")
         if self.layout not in ("packed", "longest") and not self.layout.isdecimal():
             raise ValueError(f"layout must be packed, longest or a length, got {self.layout!r}")
 
@@ -86,6 +89,7 @@ RECIPES = {
         optimizer="torch",
         layout="packed",
         bucket=50,
+        decode="best",
     ),
     # The MIT Movie paper's. Its notebook has no warm-up, its text says that the rate rises from 0:
     # --warmup 0.1 gives the second reading.
@@ -100,6 +104,7 @@ RECIPES = {
         optimizer="torch",
         layout="50",
         bucket=1,
+        decode="each",
     ),
 }
 
@@ -123,7 +128,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
         seed=options.seed,
     )
     print(f"{options.model}: {model.load_report}")
-    tagger = Tagger(model, tokenizer)
+    tagger = Tagger(model, tokenizer, well_formed=recipe.decode == "best")
     max_length = model.config.max_position_embeddings
     if recipe.layout.isdecimal():
         max_length = min(max_length, int(recipe.layout))

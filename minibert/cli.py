@@ -80,6 +80,9 @@ def _running(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     command.add_argument(
+        "--each-word", action="store_true", help="best label of each word alone, BIO or not"
+    )
+    command.add_argument(
         "--padded", action="store_true", help="pad batches instead of packing them"
     )
 
@@ -93,6 +96,7 @@ def _tagger(options: argparse.Namespace):
         dtype=options.dtype,
         device=options.device,
         pack=not options.padded,
+        well_formed=not options.each_word,
     )
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from minibert.data import TAG, Batch, Example, chunks, examples_of, packed, padded
+from minibert.decoding import best_labels
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
 from minibert.metrics import lenient_entities
@@ -49,6 +51,8 @@ class Tagger:
         tokenizer: of the same checkpoint.
         batch_tokens: word-pieces in a batch at most (padding counted); one sentence may be more.
         pack: run batches without padding; False pads them, as the reference does.
+        well_formed: choose the best labels that are well-formed BIO; False takes the best label of
+            every word by itself, as the reference does.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Tagger:
         tokenizer: Tokenizer,
         batch_tokens: int = 2048,
         pack: bool = True,
+        well_formed: bool = True,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise MinibertError(
@@ -73,6 +78,7 @@ class Tagger:
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
         self.pack = pack
+        self.well_formed = well_formed
 
     @classmethod
     def from_pretrained(
@@ -84,6 +90,7 @@ class Tagger:
         device: str | None = None,
         batch_tokens: int = 2048,
         pack: bool = True,
+        well_formed: bool = True,
     ) -> Tagger:
         """Load what ``train.py`` saved, or any BERT token classifier in safetensors.
 
@@ -92,7 +99,7 @@ class Tagger:
             attn_implementation: "eager", "sdpa" or "auto".
             dtype: "fp32", "bf16", "fp16" or "auto", the fastest the hardware has.
             device: None takes a GPU if there is one.
-            batch_tokens, pack: as above.
+            batch_tokens, pack, well_formed: as above.
 
         Raises:
             MinibertError: a file is missing or damaged, or there is no trained classifier in it.
@@ -116,7 +123,7 @@ class Tagger:
                 f"{directory}: has no trained {model.load_report.initialised[0]}: "
                 "train it first with train.py"
             )
-        return cls(model, tokenizer, batch_tokens, pack)
+        return cls(model, tokenizer, batch_tokens, pack, well_formed)
 
     def __call__(self, text: str | Sequence) -> list:
         """Find the entities of a text, of the words of a sentence, or of each of several.
@@ -159,20 +166,25 @@ class Tagger:
 
     @torch.inference_mode()
     def _label_pool(self, sentences: Sequence[Sequence[str]]) -> list[list[Label]]:
-        names = self.model.config.labels
-        limit = self.model.config.max_position_embeddings
-        examples = examples_of(sentences, self.tokenizer, limit)
-        labels: list[list[Label]] = [[Label("O", 0.0)] * len(words) for words in sentences]
+        config = self.model.config
+        examples = examples_of(sentences, self.tokenizer, config.max_position_embeddings)
+        logp = [torch.empty(len(words), config.num_labels) for words in sentences]
         for batch in self._batches(examples):
             logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
-            scores_WL = logits[batch.first_W].float().softmax(-1)
-            scores, ids = scores_WL.max(-1)
-            found = iter(zip(ids.tolist(), scores.tolist()))
-            for example in batch.examples:
-                for word in range(example.first_word, example.first_word + len(example.firsts)):
-                    i, score = next(found)
-                    labels[example.sentence][word] = Label(names[i], score)
-        return labels
+            logp_WL = logits[batch.first_W].float().log_softmax(-1).cpu()
+            parts = logp_WL.split([len(example.firsts) for example in batch.examples])
+            for example, part in zip(batch.examples, parts):
+                stop = example.first_word + len(example.firsts)
+                logp[example.sentence][example.first_word : stop] = part
+        return [self._choose(logp_WL) for logp_WL in logp]
+
+    def _choose(self, logp_WL: Tensor) -> list[Label]:
+        if not len(logp_WL):
+            return []
+        names = self.model.config.labels
+        ids = best_labels(logp_WL, names) if self.well_formed else logp_WL.argmax(-1).tolist()
+        scores = logp_WL[range(len(ids)), ids].exp().tolist()
+        return [Label(names[i], score) for i, score in zip(ids, scores)]
 
     def _batches(self, examples: list[Example]) -> Iterator[Batch]:
         """Examples of like length together, at most ``batch_tokens`` in a rectangle."""

@@ -12,7 +12,18 @@ PACKAGE = ROOT / "minibert"
 # From the ground up. A module imports from floors below its own, or beside it on the ground.
 FLOORS = (
     {"files", "layout"},
-    {"config", "curve", "metrics", "optim", "tokenizer", "machine", "hub", "weights", "kernels"},
+    {
+        "config",
+        "curve",
+        "decoding",
+        "metrics",
+        "optim",
+        "tokenizer",
+        "machine",
+        "hub",
+        "weights",
+        "kernels",
+    },
     {"attention", "data"},
     {"model", "democorpus"},
     {"tagger", "verify", "info"},

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import BertForTokenClassification, Tagger, Tokenizer, cli
 from minibert.data import labels_of
+from minibert.decoding import best_labels, may_follow
 from minibert.democorpus import generate
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError
@@ -52,10 +55,9 @@ def test_two_thousand_words_get_two_thousand_labels(tagger: Tagger) -> None:
     assert all(0 < label.score <= 1 for label in labels)
 
 
-def test_a_windowed_text_that_fits_equals_the_unwindowed_one(
-    tagger: Tagger, directory: Path
-) -> None:
+def test_a_windowed_text_that_fits_equals_the_unwindowed_one(directory: Path) -> None:
     """The same words through the windowing code at a limit they just fit, and without it."""
+    tagger = Tagger.from_pretrained(directory, dtype="fp32", well_formed=False)
     words = list(TRAIN[0].words)
     sizes = [len(ids) for ids in tagger.tokenizer.pieces([words])[0]]
     ids = [
@@ -69,9 +71,7 @@ def test_a_windowed_text_that_fits_equals_the_unwindowed_one(
     (labels,) = tagger.label([words])
     assert names(labels) == [tagger.model.config.labels[logits[f].argmax()] for f in firsts]
 
-    small = Tagger.from_pretrained(directory, dtype="fp32")
-    from dataclasses import replace
-
+    small = Tagger.from_pretrained(directory, dtype="fp32", well_formed=False)
     small.model.config = replace(small.model.config, max_position_embeddings=len(ids))
     assert list(small.label([words])) == [labels]
     small.model.config = replace(small.model.config, max_position_embeddings=len(ids) - 1)
@@ -279,3 +279,43 @@ def test_help_starts_without_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
+
+
+# Decoding
+
+
+def every_path_score(logp_WL: torch.Tensor, labels: list[str]) -> float:
+    """By trying all: the log-probability of the best well-formed labels."""
+    paths = [
+        ids
+        for ids in itertools.product(range(len(labels)), repeat=len(logp_WL))
+        if all(may_follow(labels[b], labels[a] if a >= 0 else "O") for a, b in zip((-1, *ids), ids))
+    ]
+    return max(sum(logp_WL[w, i].item() for w, i in enumerate(ids)) for ids in paths)
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 5), st.integers(0, 2**31))
+def test_decoding_finds_the_best_well_formed_labels(words: int, seed: int) -> None:
+    labels = ["O", "B-X", "I-X", "B-Y", "I-Y"]
+    draw = torch.Generator().manual_seed(seed)
+    logp_WL = torch.randn(words, 5, generator=draw).log_softmax(-1)
+    ids = best_labels(logp_WL, labels)
+    tags = [labels[i] for i in ids]
+    assert all(may_follow(b, a) for a, b in zip(["O", *tags], tags))
+    score = sum(logp_WL[w, i].item() for w, i in enumerate(ids))
+    assert score == pytest.approx(every_path_score(logp_WL, labels), abs=1e-5)
+
+
+def test_each_word_by_itself_is_argmax(directory: Path) -> None:
+    alone = Tagger.from_pretrained(directory, dtype="fp32", well_formed=False)
+    best = Tagger.from_pretrained(directory, dtype="fp32")
+    sentences = [s.words for s in TEST[:50]]
+    found = [names(x) for x in alone.label(sentences)]
+    fitting = [names(x) for x in best.label(sentences)]
+    assert found != fitting, "the untrained head must say something ill-formed"
+    for tags in fitting:
+        assert all(may_follow(b, a) for a, b in zip(["O", *tags], tags))
+    for tags, fit in zip(found, fitting):
+        if all(may_follow(b, a) for a, b in zip(["O", *tags], tags)):
+            assert tags == fit
