@@ -45,11 +45,10 @@ def write_png(losses: Sequence[float], f1s: Sequence[tuple[int, float]], path: P
     axes = figure.add_subplot(xlabel="step", ylabel="training loss")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss of a step")
-    smooth, level = [], losses[0]
-    for loss in losses:
-        level += 0.05 * (loss - level)
-        smooth.append(level)
-    axes.plot(steps, smooth, color="C0", label="smoothed")
+    # The mean of the neighbours on both sides: an average of the past alone would lag behind.
+    reach = max(1, len(losses) // 40)
+    near = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
+    axes.plot(steps, [sum(n) / len(n) for n in near], color="C0", label="mean around it")
     axes.set_ylim(bottom=0)
     lines = list(axes.get_lines())
     if f1s:
