@@ -11,7 +11,7 @@ from minibert.curve import text_curve, write_png
 
 def heights(curve: str) -> list[float]:
     """The height of each column in rows, read back from the picture."""
-    rows = [line[11:] for line in curve.splitlines()[:-2]]
+    rows = [line[10:] for line in curve.splitlines()[:-2]]
     return [sum(" ▁▂▃▄▅▆▇█".index(c) for c in column) / 8 for column in zip(*rows)]
 
 
