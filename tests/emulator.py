@@ -1,0 +1,108 @@
+"""Runs the CUDA kernels on the CPU: compiles their source against ``emulator.h`` with g++."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from cuda.core._kernel_arg_handler import ParamHolder
+from torch import Tensor
+
+from minibert.kernels import attention, build
+
+_BUILDS = TemporaryDirectory(prefix="minibert-emulator-")
+_WRITES = {
+    "forward": ("context", "lse"),
+    "backward_q": ("dq", "delta"),
+    "backward_kv": ("dk", "dv"),
+}
+
+
+class EmulationError(AssertionError):
+    """The emulator saw a kernel do something forbidden."""
+
+
+class Emulator:
+    """The kernels of one source text.
+
+    Args:
+        text: C++ source, ``emulator.h`` included.
+        defines: preprocessor macros.
+        optimize: "-O2" where it runs long, "-Og" where compiling takes longer than running.
+    """
+
+    def __init__(self, text: str, defines: dict[str, int], optimize: str = "-O2") -> None:
+        macros = [f"-D{name}={value}" for name, value in defines.items()]
+        digest = hashlib.sha256("".join([text, *macros]).encode()).hexdigest()[:16]
+        library = Path(_BUILDS.name) / f"{digest}.so"
+        if not library.exists():
+            options = [optimize, "-std=c++17", "-shared", "-fPIC", *macros]
+            # _FORTIFY_SOURCE forbids longjmp between stacks, which is how fibers switch.
+            options += ["-U_FORTIFY_SOURCE", "-x", "c++", "-", "-o", str(library)]
+            subprocess.run(["g++", *options], input=text.encode(), check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.emulator_launch.restype = ctypes.c_char_p
+        self.library.emulator_bank_conflicts.restype = ctypes.c_uint64
+        self.bank_conflicts = 0
+
+    def run(self, launch: attention.Launch, seed: int = 0) -> None:
+        """Run one launch; ``seed`` is the order of the threads.
+
+        Raises:
+            EmulationError: a forbidden access, a race, a deadlock, or an output left unwritten.
+        """
+        self.library.emulator_clear_views()
+        writes = _WRITES[launch.kernel.rsplit("_short")[0].rsplit("_long")[0]]
+        for name, value in launch.problem._asdict().items():
+            if isinstance(value, Tensor):
+                self._view(name, value, name in writes)
+        parameters = attention.pack(launch.problem)
+        holder = ParamHolder(parameters)  # what cuda.core.launch would hand to the driver
+        message = self.library.emulator_launch(
+            launch.kernel.encode(),
+            *launch.grid,
+            launch.threads,
+            ctypes.c_void_p(holder.ptr),
+            len(parameters),
+            seed,
+        )
+        self.bank_conflicts += self.library.emulator_bank_conflicts()
+        if message:
+            raise EmulationError(message.decode())
+
+    def _view(self, name: str, x: Tensor, output: bool) -> None:
+        """Tell the emulator which bytes this tensor owns: rows along its first dimension."""
+        rows, size = x.shape[0], x.element_size()
+        row_bytes = x[0].numel() * size if rows else 0
+        assert x[:1].contiguous().stride()[1:] == x.stride()[1:], f"{name}: rows with holes"
+        if output:
+            x.fill_(float("nan"))
+        self.library.emulator_add_view(
+            name.encode(),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(rows),
+            ctypes.c_int64(row_bytes),
+            ctypes.c_int64(max(x.stride(0) * size, 1)),
+            int(output),
+        )
+
+
+def source() -> str:
+    """The attention kernels as the emulator compiles them."""
+    return build.source("attention.cu", primitives="emulator.h")
+
+
+@lru_cache
+def emulator(head_size: int, dropout: int) -> Emulator:
+    return Emulator(source(), {"HEAD_SIZE": head_size, "DROPOUT": dropout})
+
+
+def launch(step: attention.Launch) -> None:
+    """A launcher for ``attention.forward`` and ``backward``: the unchanged source."""
+    machine = emulator(step.defines["HEAD_SIZE"], step.defines["DROPOUT"])
+    machine.run(step, seed=int(torch.randint(2**31, ())))
