@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import random
 import subprocess
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from cuda.core._kernel_arg_handler import ParamHolder
 from torch import Tensor
 
 from minibert.kernels import attention, build
 
 _BUILDS = TemporaryDirectory(prefix="minibert-emulator-")
+_ORDERS = random.Random(0)  # not torch's generator, which tests look at
 _WRITES = {
     "forward": ("context", "lse"),
     "backward_q": ("dq", "delta"),
@@ -56,20 +57,33 @@ class Emulator:
         Raises:
             EmulationError: a forbidden access, a race, a deadlock, or an output left unwritten.
         """
+        self.watch(launch)
+        parameters = attention.pack(launch.problem)
+        # ParamHolder is what cuda.core.launch makes of them for the driver.
+        holder = ParamHolder(parameters)
+        self.run_packed(launch.kernel, launch.grid, launch.threads, holder, len(parameters), seed)
+
+    def watch(self, launch: attention.Launch) -> None:
+        """Name the tensors the next launch may touch, and fill those it must write with NaN."""
         self.library.emulator_clear_views()
-        writes = _WRITES[launch.kernel.rsplit("_short")[0].rsplit("_long")[0]]
+        writes = _WRITES[launch.kernel.rsplit("_", 1)[0]]
         for name, value in launch.problem._asdict().items():
             if isinstance(value, Tensor):
                 self._view(name, value, name in writes)
-        parameters = attention.pack(launch.problem)
-        holder = ParamHolder(parameters)  # what cuda.core.launch would hand to the driver
+
+    def run_packed(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        threads: int,
+        parameters: ParamHolder,
+        count: int,
+        seed: int = 0,
+    ) -> None:
+        """Run a kernel on the parameters as cuLaunchKernel takes them."""
+        pointer = ctypes.c_void_p(parameters.ptr)
         message = self.library.emulator_launch(
-            launch.kernel.encode(),
-            *launch.grid,
-            launch.threads,
-            ctypes.c_void_p(holder.ptr),
-            len(parameters),
-            seed,
+            kernel.encode(), *grid, threads, pointer, count, seed
         )
         self.bank_conflicts += self.library.emulator_bank_conflicts()
         if message:
@@ -105,4 +119,4 @@ def emulator(head_size: int, dropout: int) -> Emulator:
 def launch(step: attention.Launch) -> None:
     """A launcher for ``attention.forward`` and ``backward``: the unchanged source."""
     machine = emulator(step.defines["HEAD_SIZE"], step.defines["DROPOUT"])
-    machine.run(step, seed=int(torch.randint(2**31, ())))
+    machine.run(step, seed=_ORDERS.getrandbits(32))

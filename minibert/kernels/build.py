@@ -110,8 +110,8 @@ def cubin(file: str, arch: str, defines: dict[str, int], directory: Path | None 
     path = (directory or cache_directory()) / f"{Path(file).stem}-{arch}-{digest}.cubin"
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        pass
+    except OSError:
+        pass  # not there, or not readable: compile
     code, _ = compile_source(text, arch, defines)
     _write(path, code)
     return code
@@ -128,12 +128,15 @@ def _write(path: Path, code: bytes) -> None:
 
     A directory that cannot be written costs the next process a compilation, and nothing else.
     """
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = file.name
             file.write(code)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
+        os.replace(temporary, path)
     except OSError:
-        return
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
