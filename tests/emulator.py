@@ -69,7 +69,7 @@ class Emulator:
         writes = _WRITES[launch.kernel.rsplit("_", 1)[0]]
         for name, value in launch.problem._asdict().items():
             if isinstance(value, Tensor):
-                self._view(name, value, name in writes)
+                self.view(name, value, name in writes)
 
     def run_packed(
         self,
@@ -89,13 +89,13 @@ class Emulator:
         if message:
             raise EmulationError(message.decode())
 
-    def _view(self, name: str, x: Tensor, output: bool) -> None:
+    def view(self, name: str, x: Tensor, output: bool) -> None:
         """Tell the emulator which bytes this tensor owns: rows along its first dimension."""
         rows, size = x.shape[0], x.element_size()
         row_bytes = x[0].numel() * size if rows else 0
         assert x[:1].contiguous().stride()[1:] == x.stride()[1:], f"{name}: rows with holes"
         if output:
-            x.fill_(float("nan"))
+            x.fill_(float("nan") if x.is_floating_point() else -1)
         self.library.emulator_add_view(
             name.encode(),
             ctypes.c_void_p(x.data_ptr()),
