@@ -89,12 +89,15 @@ class Emulator:
         if message:
             raise EmulationError(message.decode())
 
-    def view(self, name: str, x: Tensor, output: bool) -> None:
-        """Tell the emulator which bytes this tensor owns: rows along its first dimension."""
+    def view(self, name: str, x: Tensor, role: int) -> None:
+        """Tell the emulator which bytes this tensor owns: rows along its first dimension.
+
+        ``role``: 0 an input, 1 an output, 2 updated in place.
+        """
         rows, size = x.shape[0], x.element_size()
         row_bytes = x[0].numel() * size if rows else 0
         assert x[:1].contiguous().stride()[1:] == x.stride()[1:], f"{name}: rows with holes"
-        if output:
+        if role == 1:
             x.fill_(float("nan") if x.is_floating_point() else -1)
         self.library.emulator_add_view(
             name.encode(),
@@ -102,13 +105,13 @@ class Emulator:
             ctypes.c_int64(rows),
             ctypes.c_int64(row_bytes),
             ctypes.c_int64(max(x.stride(0) * size, 1)),
-            int(output),
+            int(role),
         )
 
 
-def source() -> str:
-    """The attention kernels as the emulator compiles them."""
-    return build.source("attention.cu", primitives="emulator.h")
+def source(file: str = "attention.cu") -> str:
+    """Kernels as the emulator compiles them."""
+    return build.source(file, primitives="emulator.h")
 
 
 @lru_cache

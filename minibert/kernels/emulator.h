@@ -4,7 +4,8 @@
 // exchange between lanes, a tensor-core product) holds a fiber until all that take part have come.
 // The emulator reports, instead of computing on:
 //   - a read or write of global memory outside the tensors given to the launch, or misaligned;
-//     a write to an input, a read of an output, an element written twice or never
+//     a write to an input, a read of an output, an element written twice or never, an element
+//     that is updated in place read after its update
 //   - a read or write of shared memory outside what the kernel declared, or misaligned;
 //     a read of shared memory that nobody wrote
 //   - a race: two threads touch the same word of shared memory, one of them writing, and no barrier
@@ -17,6 +18,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -159,7 +161,7 @@ struct View {  // a tensor: `rows` rows of `row_bytes`, `stride` bytes apart
   std::string name;
   uintptr_t base;
   int64_t rows, row_bytes, stride;
-  bool output;
+  enum Role { INPUT, OUTPUT, UPDATED } role;  // UPDATED: read until written, in place
   std::vector<bool> written;
 };
 
@@ -168,7 +170,7 @@ static std::vector<View> views;
 // The view that holds these bytes, and where in it they lie.
 static std::pair<View*, int64_t> locate(const void* pointer, size_t bytes, const char* what) {
   const uintptr_t address = (uintptr_t)pointer;
-  if (address % bytes) fail("%s of %zu bytes at a misaligned global address", what, bytes);
+  if (address % std::min<size_t>(bytes, 16)) fail("%s of %zu bytes at a misaligned global address", what, bytes);
   for (View& view : views) {
     if (address < view.base) continue;
     const int64_t row = (address - view.base) / view.stride;
@@ -189,12 +191,15 @@ static std::pair<View*, int64_t> locate(const void* pointer, size_t bytes, const
 
 static void check_load(const void* pointer, size_t bytes) {
   const auto [view, byte] = locate(pointer, bytes, "read");
-  if (view->output) fail("read of %s, which this kernel is to write", view->name.c_str());
+  if (view->role == View::OUTPUT) fail("read of %s, an output", view->name.c_str());
+  for (size_t i = 0; view->role == View::UPDATED && i < bytes; i++) {
+    if (view->written[byte + i]) fail("read of %s after it was updated", view->name.c_str());
+  }
 }
 
 static void check_store(const void* pointer, size_t bytes) {
   const auto [view, byte] = locate(pointer, bytes, "write");
-  if (!view->output) fail("write to %s, an input", view->name.c_str());
+  if (view->role == View::INPUT) fail("write to %s, an input", view->name.c_str());
   for (size_t i = 0; i < bytes; i++) {
     if (view->written[byte + i]) {
       fail("byte %lld of %s is written a second time", (long long)(byte + i), view->name.c_str());
@@ -206,7 +211,7 @@ static void check_store(const void* pointer, size_t bytes) {
 static void check_everything_written() {
   for (const View& view : views) {
     int64_t missing = 0, first = -1;
-    for (size_t i = 0; view.output && i < view.written.size(); i++) {
+    for (size_t i = 0; i < view.written.size(); i++) {
       if (!view.written[i] && missing++ == 0) first = i;
     }
     if (missing) {
@@ -517,6 +522,7 @@ DEVICE void unpack_halves(u32 packed, float& low, float& high) {
 // The special-function unit flushes subnormal results to zero.
 DEVICE float exp2_fast(float x) { return x < -126.f ? 0.f : exp2f(x); }
 DEVICE float log2_fast(float x) { return log2f(x); }
+DEVICE float square_root(float x) { return std::sqrt(x); }
 DEVICE float infinity() { return INFINITY; }
 
 // ---- what Python calls -------------------------------------------------------------------------
@@ -526,9 +532,10 @@ extern "C" {
 void emulator_clear_views() { emulator::views.clear(); }
 
 void emulator_add_view(const char* name, void* base, int64_t rows, int64_t row_bytes, int64_t stride,
-                       int output) {
-  emulator::views.push_back({name, (uintptr_t)base, rows, row_bytes, stride, output != 0, {}});
-  if (output) emulator::views.back().written.assign(rows * row_bytes, false);
+                       int role) {
+  emulator::views.push_back(
+      {name, (uintptr_t)base, rows, row_bytes, stride, (emulator::View::Role)role, {}});
+  if (role) emulator::views.back().written.assign(rows * row_bytes, false);
 }
 
 uint64_t emulator_bank_conflicts() { return emulator::bank_conflicts; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -25,21 +26,36 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def load(arch: str, defines: dict[str, int]):
-    """A variant of attention.cu as cuda-core's ``ObjectCode``."""
+def load(file: str, arch: str, defines: dict[str, int]):
+    """A variant of a source as cuda-core's ``ObjectCode``."""
     from cuda.core import ObjectCode
 
-    return ObjectCode.from_cubin(build.cubin("attention.cu", arch, defines))
+    return ObjectCode.from_cubin(build.cubin(file, arch, defines))
 
 
 @lru_cache
-def _kernel(name: str, arch: str, defines: tuple[tuple[str, int], ...]):
+def _kernel(file: str, name: str, arch: str, defines: tuple[tuple[str, int], ...]):
     # One per architecture, not per device: the driver loads it into whichever context is current.
-    return load(arch, dict(defines)).get_kernel(name)
+    return load(file, arch, dict(defines)).get_kernel(name)
 
 
 def launch(step: attention.Launch) -> None:
-    """Enqueue one kernel on torch's current stream of the tensors' device; returns at once.
+    """Start one of the attention kernels; see ``enqueue``."""
+    parameters = attention.pack(step.problem)
+    device = step.problem.q.device
+    enqueue(device, "attention.cu", step.kernel, step.defines, step.grid, step.threads, parameters)
+
+
+def enqueue(
+    device: torch.device,
+    file: str,
+    name: str,
+    defines: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    parameters: list[Any],
+) -> None:
+    """Put a kernel on torch's current stream of the device; returns at once.
 
     Capturing a CUDA graph works after one call outside the capture, which loads the kernel.
 
@@ -47,14 +63,13 @@ def launch(step: attention.Launch) -> None:
         BuildError: the kernel has to be compiled first, and cannot be.
     """
     from cuda.core import Device, LaunchConfig
-    from cuda.core import launch as enqueue
+    from cuda.core import launch as start
 
-    device = step.problem.q.device
-    kernel = _kernel(step.kernel, architecture(device), tuple(sorted(step.defines.items())))
+    kernel = _kernel(file, name, architecture(device), tuple(sorted(defines.items())))
     with torch.cuda.device(device):
         # torch and cuda-core share the device's primary context; autograd's threads may not have
         # made it current yet.
         Device(device.index).set_current()
         stream = _Stream(torch.cuda.current_stream().cuda_stream)
-        config = LaunchConfig(grid=step.grid, block=step.threads)
-        enqueue(stream, config, kernel, *attention.pack(step.problem))
+        config = LaunchConfig(grid=grid, block=threads)
+        start(stream, config, kernel, *parameters)

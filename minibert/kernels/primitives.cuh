@@ -155,4 +155,5 @@ DEVICE float log2_fast(float x) {
   return y;
 }
 
+DEVICE float square_root(float x) { return sqrtf(x); }  // correctly rounded
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
