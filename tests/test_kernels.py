@@ -45,14 +45,15 @@ def run(
     max_length: int | None = None,
     seed: int = 0,
     launch: attention.Launcher = emulator.launch,
+    device: str = "cpu",
 ) -> Case:
     """Forward and backward of random numbers of standard deviation ``size``."""
     generator = torch.Generator().manual_seed(seed)
     shape = (sum(lengths), 3, heads, head_size)
-    qkv_N3HK = (size * torch.randn(shape, generator=generator)).half()
-    d_context_NHK = torch.randn(shape[0], heads, head_size, generator=generator).half()
-    starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    dropout_seed = torch.randint(2**62, (1,), generator=generator)
+    qkv_N3HK = (size * torch.randn(shape, generator=generator)).half().to(device)
+    d_context_NHK = torch.randn(shape[0], heads, head_size, generator=generator).half().to(device)
+    starts = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    dropout_seed = torch.randint(2**62, (1,), generator=generator).to(device)
     kernels = []
 
     def recorded(step: attention.Launch) -> None:
@@ -70,17 +71,18 @@ def run(
 def check(case: Case) -> None:
     """Every element within its bound, which NaN is not."""
     expected = attention_reference.attention(
-        case.qkv_N3HK,
-        case.d_context_NHK,
+        case.qkv_N3HK.cpu(),
+        case.d_context_NHK.cpu(),
         case.lengths,
         int(case.seed),
         attention.drop_below(case.dropout_p),
     )
-    got = {"context": case.context_NHK, "lse": case.lse_HN}
+    grad_N3HK = case.grad_N3HK.cpu()
+    got = {"context": case.context_NHK.cpu(), "lse": case.lse_HN.cpu()}
     want = {"context": expected.context, "lse": expected.lse}
     bound = {"context": expected.context_bound, "lse": expected.lse_bound}
     for i, name in enumerate(("dq", "dk", "dv")):
-        got[name] = case.grad_N3HK[:, i]
+        got[name] = grad_N3HK[:, i]
         want[name] = expected.grad[:, i]
         bound[name] = expected.grad_bound[:, i]
     for name, value in got.items():

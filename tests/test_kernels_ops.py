@@ -72,6 +72,35 @@ def test_gradients_reach_the_packed_product() -> None:
 
 
 @pytest.mark.usefixtures("own_kernels")
+def test_a_padded_batch_is_its_sentences_and_zeros() -> None:
+    """Right padding, left padding, a hole, and a row that is all padding; gradients too."""
+    mask = torch.tensor(
+        [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 1, 1, 0], [0] * 5, [1] * 5]
+    ).bool()
+    tokens = mask.flatten().nonzero()[:, 0]
+    starts = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+    qkv = torch.randn(25, 3, 2, 32).half().requires_grad_()
+    context = kernels.attend_padded(*qkv.unbind(1), tokens, starts, 5)
+    d_context = torch.randn(25, 2, 32).half()
+    context.backward(d_context)
+    lengths = mask.sum(1).tolist()
+    expected = attention_reference.attention(qkv.detach()[tokens], d_context[tokens], lengths)
+    assert ((context[tokens] - expected.context).abs() <= expected.context_bound).all()
+    assert ((qkv.grad[tokens] - expected.grad).abs() <= expected.grad_bound).all()
+    padding = ~mask.flatten()
+    assert (context[padding] == 0).all()
+    assert (qkv.grad[padding] == 0).all()
+
+
+@pytest.mark.usefixtures("own_kernels")
+def test_a_batch_of_padding_alone_gives_zeros() -> None:
+    q, k, v = product().unbind(1)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    context = kernels.attend_padded(q, k, v, nothing, torch.zeros(3, dtype=torch.int32), 15)
+    assert (context == 0).all()
+
+
+@pytest.mark.usefixtures("own_kernels")
 def test_the_generator_fixes_the_mask() -> None:
     qkv = product().detach()
 

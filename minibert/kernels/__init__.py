@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minibert.kernels.ladder import RUNGS, FusedUnavailableError, Rung, choose, name_of_rung
 
-__all__ = ["FusedUnavailableError", "Rung", "attend_packed", "choose"]
+__all__ = ["FusedUnavailableError", "Rung", "attend_packed", "attend_padded", "choose"]
 
 
 def attend_packed(
@@ -52,3 +52,30 @@ def attend_packed(
         q_NHK, k_NHK, v_NHK = (x_NHK.to(dtype) for x_NHK in (q_NHK, k_NHK, v_NHK))
     attend = RUNGS[name_of_rung(device, q_NHK.dtype, q_NHK.shape[2])]
     return attend(q_NHK, k_NHK, v_NHK, starts, max_length, dropout_p)
+
+
+def attend_padded(
+    q_NHK: Tensor,
+    k_NHK: Tensor,
+    v_NHK: Tensor,
+    tokens: Tensor,
+    starts: Tensor,
+    max_length: int,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``attend_packed`` for a padded batch: padding neither attends nor is attended to.
+
+    Args:
+        q_NHK, k_NHK, v_NHK: (N, H, K), padding included; N = B * S.
+        tokens: (number of real tokens,) int64, where they lie on the N axis, in order:
+            ``mask.flatten().nonzero()[:, 0]``.
+        starts: (B + 1,) int32, over the real tokens; a row that is all padding is empty:
+            ``F.pad(mask.sum(1).cumsum(0), (1, 0)).int()``.
+        max_length, dropout_p: as for ``attend_packed``; S will do.
+
+    Returns:
+        Context (N, H, K), zero at padding, so a fully masked row is finite.
+    """
+    rows = (x_NHK[tokens] for x_NHK in (q_NHK, k_NHK, v_NHK))
+    context = attend_packed(*rows, starts, max_length, dropout_p)
+    return context.new_zeros(q_NHK.shape).index_copy(0, tokens, context)

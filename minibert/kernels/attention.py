@@ -121,7 +121,7 @@ def _launches(problem: Problem, kinds: tuple[str, ...], max_length: int) -> list
     sentences = problem.starts.shape[0] - 1
     if sentences * tiles >= 2**31:
         raise ValueError(f"{sentences} sentences of {max_length} tokens exceed a CUDA grid: split")
-    if not sentences or not tiles:
+    if not sentences or not tiles or not problem.tokens:
         return []
     suffix = "_short" if short else "_long"
     problem = problem._replace(tiles=tiles)
