@@ -1,0 +1,26 @@
+"""BERT from scratch in plain PyTorch: readable, bit-equal to transformers, and fast.
+
+Nothing is imported before it is asked for, so that ``minibert --help`` answers at once.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BertConfig": "config",
+    "BertForMaskedLM": "model",
+    "BertForTokenClassification": "model",
+    "MinibertError": "files",
+    "Packed": "layout",
+    "Tagger": "tagger",
+    "Tokenizer": "tokenizer",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minibert' has no attribute {name!r}")
+    return getattr(import_module(f"minibert.{_HOME[name]}"), name)

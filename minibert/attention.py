@@ -2,7 +2,7 @@
 
     attend(q_NHK, k_NHK, v_NHK, layout, dropout_p) -> Attended
 
-``eager``  softmax(q kᵀ / √K + mask) v, spelled out (Vaswani et al. 2017, equation 1); keeps the maps
+``eager``  softmax(q kᵀ / √K + mask) v (Vaswani et al. 2017, equation 1), spelled out
 ``sdpa``   the same by ``torch.nn.functional.scaled_dot_product_attention``
 ``fused``  the project's own CUDA kernels on sequences without padding (``minibert/kernels``)
 
@@ -12,7 +12,7 @@ Shape legend: see layout.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -46,8 +46,7 @@ def eager(
         Context (N, H, K) and the attention maps.
     """
     contexts, probs = [], []
-    for block in layout.blocks:
-        q_BHSK, k_BHSK, v_BHSK = (_rectangle(x, block) for x in (q_NHK, k_NHK, v_NHK))
+    for block, q_BHSK, k_BHSK, v_BHSK in _rectangles(layout, q_NHK, k_NHK, v_NHK):
         scores_BHSS = torch.matmul(q_BHSK, k_BHSK.transpose(2, 3)) * q_BHSK.shape[-1] ** -0.5
         if block.valid_BS is not None:
             # The lowest finite value and not -inf: a row in which everything is hidden then
@@ -62,13 +61,10 @@ def eager(
     return Attended(_join(contexts), probs)
 
 
-def sdpa(
-    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float
-) -> Attended:
+def sdpa(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float) -> Attended:
     """The same by PyTorch's kernel, which keeps no attention maps. Arguments as ``eager``."""
     contexts = []
-    for block in layout.blocks:
-        q_BHSK, k_BHSK, v_BHSK = (_rectangle(x, block) for x in (q_NHK, k_NHK, v_NHK))
+    for block, q_BHSK, k_BHSK, v_BHSK in _rectangles(layout, q_NHK, k_NHK, v_NHK):
         mask_BHSS = None
         if block.valid_BS is not None:
             mask_BHSS = block.valid_BS[:, None, None, :].expand(-1, 1, block.length, -1)
@@ -84,9 +80,20 @@ def sdpa(
     return Attended(_join(contexts), None)
 
 
-def _rectangle(x_NHK: Tensor, block: Block) -> Tensor:
-    """The block's tokens as (rows, H, S, K): a view, nothing is copied."""
-    return x_NHK[block.tokens].unflatten(0, (block.rows, block.length)).transpose(1, 2)
+def _rectangles(
+    layout: Layout, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor
+) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
+    """Every block with its q, k and v as (rows, H, S, K): views, nothing is copied.
+
+    One block is the tensor itself: splitting it would copy its gradient, and in another memory
+    order the sums over it round differently.
+    """
+    blocks = layout.blocks
+    sizes = [block.rows * block.length for block in blocks]
+    parts = [x.split(sizes) if len(blocks) > 1 else [x] for x in (q_NHK, k_NHK, v_NHK)]
+    for block, q, k, v in zip(blocks, *parts):
+        shape = (block.rows, block.length, *q.shape[1:])
+        yield block, *(x.view(shape).transpose(1, 2) for x in (q, k, v))
 
 
 def _flat(x_BHSK: Tensor) -> Tensor:
@@ -96,3 +103,38 @@ def _flat(x_BHSK: Tensor) -> Tensor:
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+IMPLEMENTATIONS: dict[str, AttentionFn] = {"eager": eager, "sdpa": sdpa}
+
+
+def implementation(name: str) -> AttentionFn:
+    """The attention function of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={name!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    return IMPLEMENTATIONS[name]
+
+
+class Choice(NamedTuple):
+    """An attention implementation and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def choose(name: str, device: torch.device) -> Choice:
+    """Settle "auto"; any other name is checked and kept.
+
+    Raises:
+        ValueError: no implementation has that name.
+    """
+    if name != "auto":
+        implementation(name)
+        return Choice(name, "asked for")
+    return Choice("sdpa", f"PyTorch's fused kernel is the fastest plain path on {device.type}")

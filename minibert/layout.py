@@ -30,10 +30,9 @@ from torch import Tensor
 class Block(NamedTuple):
     """A rectangle of the flat token axis: ``rows`` sentences of ``length`` tokens each."""
 
-    tokens: slice  # where it lies on the flat axis
     rows: int
     length: int
-    valid_BS: Tensor | None  # (rows, length) bool; None when every position is a real token
+    valid_BS: Tensor | None = None  # (rows, length) bool; None when every position is a real token
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,14 @@ class Padded:
         return cls(rows, length, None if bool(valid_BS.all()) else valid_BS)
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return self.length
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """The whole batch as one block."""
-        return (Block(slice(0, self.rows * self.length), self.rows, self.length, self.valid_BS),)
+        return (Block(self.rows, self.length, self.valid_BS),)
 
     def spread_positions(self, table_PD: Tensor) -> Tensor:
         """Rows of the position table for every token: (N, D).
@@ -87,6 +91,10 @@ class Padded:
     def unflatten(self, x_N: Tensor) -> Tensor:
         """(N, ...) to (B, S, ...)."""
         return x_N.view(self.rows, self.length, *x_N.shape[1:])
+
+    def unflatten_maps(self, maps: list[Tensor]) -> Tensor:
+        """Attention maps by block to (B, H, S, S)."""
+        return maps[0]
 
 
 @dataclass(frozen=True)
@@ -130,12 +138,7 @@ class Packed:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """One block for every run of neighbouring sentences of equal length."""
-        blocks, start = [], 0
-        for length, run in groupby(self.lengths):
-            rows = sum(1 for _ in run)
-            blocks.append(Block(slice(start, start + rows * length), rows, length, None))
-            start += rows * length
-        return tuple(blocks)
+        return tuple(Block(sum(1 for _ in run), length) for length, run in groupby(self.lengths))
 
     def spread_positions(self, table_PD: Tensor) -> Tensor:
         """Rows of the position table for every token: (N, D)."""
@@ -144,6 +147,10 @@ class Packed:
     def unflatten(self, x_N: Tensor) -> Tensor:
         """A packed batch has no rectangle to return to: (N, ...) stays (N, ...)."""
         return x_N
+
+    def unflatten_maps(self, maps: list[Tensor]) -> list[Tensor]:
+        """Attention maps by block to one (H, S, S) a sentence."""
+        return [map_HSS for block_BHSS in maps for map_HSS in block_BHSS]
 
 
 Layout = Padded | Packed

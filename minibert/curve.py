@@ -1,0 +1,62 @@
+"""A curve of losses, in the terminal and as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from minibert.files import replacing
+
+EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def text_curve(losses: Sequence[float], width: int = 60, height: int = 8) -> str:
+    """Losses from left to right, each column the mean of its share of them.
+
+    The axis starts at 0: half the height is half the loss.
+    """
+    width = min(width, len(losses))
+    edges = [len(losses) * i // width for i in range(width + 1)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
+    top = max(means) or 1.0
+    lines = []
+    for row in reversed(range(height)):
+        filled = [min(8, max(0, round(8 * (mean / top * height - row)))) for mean in means]
+        mark = f"{top * (row + 1) / height:8.3f} ┤" if row % 2 else "         │"
+        lines.append(mark + "".join(EIGHTHS[eighths] for eighths in filled))
+    lines.append("       0 └" + "─" * width)
+    lines.append(f"{'step':>9} 1{len(losses):>{width - 1}}")
+    return "\n".join(lines)
+
+
+def write_png(losses: Sequence[float], f1s: Sequence[tuple[int, float]], path: Path) -> None:
+    """Draw loss against step, and where there are any the entity F1s at their steps.
+
+    Raises:
+        ImportError: matplotlib is not installed; it is the extra ``minibert[plot]``.
+        MinibertError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss of a step")
+    smooth, level = [], losses[0]
+    for loss in losses:
+        level += 0.05 * (loss - level)
+        smooth.append(level)
+    axes.plot(steps, smooth, color="C0", label="smoothed")
+    axes.set_ylim(bottom=0)
+    lines = list(axes.get_lines())
+    if f1s:
+        right = axes.twinx()
+        right.set_ylabel("entity F1, %")
+        right.plot(*zip(*f1s), "o-", color="C1", label="entity F1")
+        lines += right.get_lines()
+    axes.legend(handles=lines, loc="center right")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

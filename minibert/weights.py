@@ -1,0 +1,241 @@
+"""Checkpoints in and out: one table of names, used in both directions.
+
+Only safetensors is opened; a pickle (``pytorch_model.bin``) can run code and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minibert.files import MinibertError, replacing
+
+log = logging.getLogger("minibert")
+
+WEIGHTS = "model.safetensors"
+
+# Ours on the left, the checkpoint's on the right; {i} runs over the layers. The order is that of
+# the parameters in the module, which is also the order in which fresh ones are drawn.
+NAMES = """
+bert.embeddings.word.weight            bert.embeddings.word_embeddings.weight
+bert.embeddings.position.weight        bert.embeddings.position_embeddings.weight
+bert.embeddings.segment.weight         bert.embeddings.token_type_embeddings.weight
+bert.embeddings.norm.weight            bert.embeddings.LayerNorm.weight
+bert.embeddings.norm.bias              bert.embeddings.LayerNorm.bias
+bert.layers.{i}.attention.query.weight bert.encoder.layer.{i}.attention.self.query.weight
+bert.layers.{i}.attention.query.bias   bert.encoder.layer.{i}.attention.self.query.bias
+bert.layers.{i}.attention.key.weight   bert.encoder.layer.{i}.attention.self.key.weight
+bert.layers.{i}.attention.key.bias     bert.encoder.layer.{i}.attention.self.key.bias
+bert.layers.{i}.attention.value.weight bert.encoder.layer.{i}.attention.self.value.weight
+bert.layers.{i}.attention.value.bias   bert.encoder.layer.{i}.attention.self.value.bias
+bert.layers.{i}.attention.output.weight bert.encoder.layer.{i}.attention.output.dense.weight
+bert.layers.{i}.attention.output.bias  bert.encoder.layer.{i}.attention.output.dense.bias
+bert.layers.{i}.attention_norm.weight  bert.encoder.layer.{i}.attention.output.LayerNorm.weight
+bert.layers.{i}.attention_norm.bias    bert.encoder.layer.{i}.attention.output.LayerNorm.bias
+bert.layers.{i}.feed_forward.up.weight bert.encoder.layer.{i}.intermediate.dense.weight
+bert.layers.{i}.feed_forward.up.bias   bert.encoder.layer.{i}.intermediate.dense.bias
+bert.layers.{i}.feed_forward.down.weight bert.encoder.layer.{i}.output.dense.weight
+bert.layers.{i}.feed_forward.down.bias bert.encoder.layer.{i}.output.dense.bias
+bert.layers.{i}.feed_forward_norm.weight bert.encoder.layer.{i}.output.LayerNorm.weight
+bert.layers.{i}.feed_forward_norm.bias bert.encoder.layer.{i}.output.LayerNorm.bias
+classifier.weight                      classifier.weight
+classifier.bias                        classifier.bias
+bias                                   cls.predictions.bias
+transform.weight                       cls.predictions.transform.dense.weight
+transform.bias                         cls.predictions.transform.dense.bias
+transform_norm.weight                  cls.predictions.transform.LayerNorm.weight
+transform_norm.bias                    cls.predictions.transform.LayerNorm.bias
+"""
+
+# Names that say nothing new: a buffer holding 0, 1, 2, ..., and copies of tied weights.
+REDUNDANT = {
+    "bert.embeddings.position_ids": None,
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+
+def names_of(model: nn.Module) -> dict[str, str]:
+    """Our parameter name to the checkpoint's, for every parameter of ``model``, in its order."""
+    table = dict(line.split() for line in NAMES.strip().splitlines())
+    names = {}
+    for ours, _ in model.named_parameters():
+        layer = next((part for part in ours.split(".") if part.isdigit()), "")
+        pattern = ours.replace(f".{layer}.", ".{i}.") if layer else ours
+        names[ours] = table[pattern].replace("{i}", layer)
+    return names
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint held that was not used, and what it lacked; names as in the checkpoint."""
+
+    unused: tuple[str, ...]
+    initialised: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        if self.unused:
+            lines.append("unused: " + ", ".join(self.unused))
+        if self.initialised:
+            lines.append("newly initialised: " + ", ".join(self.initialised))
+        return "\n".join(lines) or "every tensor used, none missing"
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file under the checkpoint names of ``NAMES``.
+
+    Understood: with and without the ``bert.`` prefix, and ``LayerNorm.gamma`` / ``.beta`` for
+    ``LayerNorm.weight`` / ``.bias`` (renamed there only: other names may hold these words).
+
+    Raises:
+        MinibertError: no such file, a pickle, or a file that is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
+        raise MinibertError(
+            f"{path}: a pickle can run any code, so minibert never opens one: "
+            "convert it to model.safetensors"
+        )
+    if not path.is_file():
+        pickled = path.with_name("pytorch_model.bin")
+        if pickled.is_file():
+            raise MinibertError(
+                f"{pickled}: a pickle can run any code, so minibert never opens one: "
+                "convert it to model.safetensors"
+            )
+        raise MinibertError(f"{path}: no such file: name a directory that holds one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            # clone: the mapped file must not change under a loaded model.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            stored = (file.metadata() or {}).get("minibert.sha256")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MinibertError(
+            f"{path}: damaged or not a safetensors file ({error}): fetch or save it again"
+        ) from None
+    if stored is not None and stored != _digest(tensors):
+        raise MinibertError(
+            f"{path}: the tensors do not match the hash they were saved with: "
+            "the file is damaged, fetch or save it again"
+        )
+    return {_canonical(name): tensor for name, tensor in tensors.items()}
+
+
+def _canonical(name: str) -> str:
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if name.endswith(old):
+            name = name.removesuffix(old) + new
+    if name.startswith(("embeddings.", "encoder.", "pooler.")):
+        name = "bert." + name
+    return name
+
+
+def fill(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    initializer_range: float,
+    source: Path | str,
+) -> LoadReport:
+    """Give a model built on the meta device its parameters, drawing those that are not there.
+
+    Args:
+        model: as built under ``torch.device("meta")``.
+        tensors: what ``read`` gave.
+        dtype: of the parameters afterwards, fresh ones drawn in it.
+        initializer_range: standard deviation of fresh weights.
+        source: for messages.
+
+    Raises:
+        MinibertError: a tensor of another shape, or of no floating type; or no tensor of a BERT.
+    """
+    names = names_of(model)
+    state, initialised = {}, []
+    for ours, theirs in names.items():
+        wanted = tuple(model.get_parameter(ours).shape)
+        tensor = tensors.get(theirs)
+        if tensor is None:
+            state[ours] = fresh(ours, wanted, dtype, initializer_range)
+            initialised.append(theirs)
+            continue
+        if tuple(tensor.shape) != wanted:
+            raise MinibertError(
+                f"{source}: {theirs} has shape {tuple(tensor.shape)}, but config.json "
+                f"and the labels ask for {wanted}: use the config.json that belongs to it"
+            )
+        if not tensor.is_floating_point():
+            raise MinibertError(
+                f"{source}: {theirs} has dtype {tensor.dtype}: weights must be floating point"
+            )
+        state[ours] = tensor.to(dtype)
+    if len(initialised) == len(names):
+        raise MinibertError(
+            f"{source}: no tensor of a BERT in it (it has {', '.join(sorted(tensors)[:3])} ...): "
+            "name the checkpoint of a BERT"
+        )
+    for name, original in REDUNDANT.items():
+        if original is None or name not in tensors or original not in names.values():
+            continue
+        if not torch.equal(tensors[name], tensors.get(original, tensors[name])):
+            raise MinibertError(
+                f"{source}: {name} differs from {original}, to which it is tied in BERT: "
+                "use a checkpoint with tied embeddings"
+            )
+    model.load_state_dict(state, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    used = set(names.values()) | REDUNDANT.keys()
+    return LoadReport(tuple(sorted(tensors.keys() - used)), tuple(initialised))
+
+
+def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> Tensor:
+    """A new parameter by BERT's rule: norms 1, biases 0, all else drawn from N(0, std)."""
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=dtype)
+    if "norm." in name:
+        return torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(0.0, std)
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Write the parameters under their checkpoint names, whole or not at all.
+
+    The file's metadata carries a hash of the tensors, so that a flipped bit is found on loading.
+
+    Raises:
+        MinibertError: the directory cannot be written or the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {
+        theirs: model.get_parameter(ours).detach().cpu().contiguous()
+        for ours, theirs in names_of(model).items()
+    }
+    with replacing(path) as temporary:
+        try:
+            save_file(
+                tensors,
+                temporary,
+                metadata={"format": "pt", "minibert.sha256": _digest(tensors)},
+            )
+        except SafetensorError as error:
+            raise OSError(0, str(error)) from error
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

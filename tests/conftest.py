@@ -1,0 +1,35 @@
+"""What several test files build on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# The reference must not look for updates or weights anywhere but on this disk.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from minibert import hub
+from minibert.files import MinibertError
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The real all-MiniLM-L6-v2 checkpoint; `make test` brings it."""
+    try:
+        return hub.locate_model("minilm")
+    except MinibertError as error:
+        pytest.fail(f"run `make weights/minilm` first: {error}")
+
+
+@pytest.fixture(scope="session")
+def mit_movie() -> Path:
+    folder = hub.home() / "data" / "mit_movie"
+    if not (folder / "engtest.bio").is_file():
+        pytest.skip("MIT Movie is not in $MINIBERT_HOME/data/mit_movie")
+    return folder

@@ -1,0 +1,190 @@
+"""Batches without padding give what padded ones give."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minibert import BertConfig, BertForTokenClassification, Packed
+from minibert.layout import Padded
+from minibert.weights import names_of
+
+CONFIG = BertConfig(
+    vocab_size=101,
+    hidden_size=96,
+    num_attention_heads=3,
+    num_hidden_layers=3,
+    intermediate_size=200,
+    max_position_embeddings=128,
+    labels=tuple("abcde"),
+)
+MIXES = {
+    "one": [1],
+    "mixed": [1, 12, 7, 31, 7, 7, 2],
+    "sorted": [3, 3, 3, 8, 8, 40],
+    "long": [128, 5, 127],
+}
+
+
+def model(attn: str, dtype: torch.dtype) -> BertForTokenClassification:
+    torch.manual_seed(2)
+    built = BertForTokenClassification(CONFIG, attn).eval()
+    with torch.no_grad():  # weights large enough that attention is far from uniform
+        for parameter in built.parameters():
+            parameter.mul_(3.0)
+    return built.to(dtype)
+
+
+def batch(lengths: list[int]) -> tuple[dict, dict, torch.Tensor]:
+    """The same sentences padded and packed, and where the padded ones have tokens."""
+    draw = torch.Generator().manual_seed(sum(lengths))
+    shape = (len(lengths), max(lengths))
+    mask = torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]
+    ids = torch.randint(1, 101, shape, generator=draw).masked_fill(~mask, 0)
+    segments = torch.randint(0, 2, shape, generator=draw)
+    labels = torch.randint(0, 5, shape, generator=draw)
+    labels[torch.rand(shape, generator=draw) < 0.3] = -100
+    labels[0, 0] = 0
+    padded = {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "token_type_ids": segments,
+        "labels": labels.masked_fill(~mask, -100),
+    }
+    packed = {
+        "input_ids": ids[mask],
+        "token_type_ids": segments[mask],
+        "labels": labels[mask],
+        "layout": Packed.from_lengths(lengths),
+    }
+    return padded, packed, mask
+
+
+def run(model: BertForTokenClassification, inputs: dict):
+    model.zero_grad()
+    output = model(**inputs, output_hidden_states=True)
+    output.loss.backward()
+    gradient = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+    return output, gradient
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_packed_equals_padded_in_float64(mix: str, attn: str) -> None:
+    padded_inputs, packed_inputs, mask = batch(MIXES[mix])
+    net = model(attn, torch.float64)
+    padded, padded_gradient = run(net, padded_inputs)
+    packed, packed_gradient = run(net, packed_inputs)
+    assert packed.logits.shape == (sum(MIXES[mix]), 5)
+    for a, b in zip(packed.hidden_states, padded.hidden_states):
+        assert (a - b[mask]).abs().max() < 1e-10
+    assert (packed.logits - padded.logits[mask]).abs().max() < 1e-10
+    assert abs(packed.loss - padded.loss) < 1e-10
+    assert (packed_gradient - padded_gradient).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_packed_error_is_within_twice_the_references_own(
+    mix: str, attn: str, dtype: torch.dtype
+) -> None:
+    """Judged against float64: ours packed may err twice as much as transformers padded does."""
+    padded_inputs, packed_inputs, mask = batch(MIXES[mix])
+    net = model(attn, dtype)
+    # The truth is computed from the weights as they are after rounding to dtype.
+    truth, true_gradient = run(model(attn, dtype).double(), padded_inputs)
+    theirs = transformers.BertForTokenClassification(
+        transformers.BertConfig(
+            **CONFIG.to_dict("BertForTokenClassification"), attn_implementation=attn
+        )
+    )
+    theirs = theirs.to(dtype).eval()
+    own = net.state_dict()
+    theirs.load_state_dict({their_name: own[name] for name, their_name in names_of(net).items()})
+    expected = theirs(**padded_inputs)
+    expected.loss.backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    their_gradient = torch.cat([grads[n].flatten().double() for n in names_of(net).values()])
+
+    packed, gradient = run(net, packed_inputs)
+    floor = torch.finfo(dtype).eps  # where the reference happens to be exact
+    error = (packed.logits - truth.logits[mask]).abs().max()
+    their_error = (expected.logits - truth.logits).abs()[mask].max()
+    assert error <= 2 * their_error + floor
+    assert (gradient - true_gradient).norm() <= 2 * (their_gradient - true_gradient).norm() + floor
+
+
+def test_attention_maps_of_a_packed_batch() -> None:
+    padded_inputs, packed_inputs, _ = batch(MIXES["mixed"])
+    net = model("eager", torch.float64)
+    padded = net(**padded_inputs, output_attentions=True).attentions
+    packed = net(**packed_inputs, output_attentions=True).attentions
+    assert len(packed) == CONFIG.num_hidden_layers
+    for maps, rectangle in zip(packed, padded):
+        assert len(maps) == len(MIXES["mixed"])
+        for row, (map_HSS, length) in enumerate(zip(maps, MIXES["mixed"])):
+            assert map_HSS.shape == (3, length, length)
+            assert (map_HSS - rectangle[row, :, :length, :length]).abs().max() < 1e-12
+
+
+def test_dropout_is_drawn_in_a_packed_batch() -> None:
+    _, packed_inputs, _ = batch(MIXES["mixed"])
+    net = model("sdpa", torch.float32).train()
+    torch.manual_seed(0)
+    first = net(**packed_inputs).loss
+    assert net(**packed_inputs).loss != first
+    torch.manual_seed(0)
+    assert net(**packed_inputs).loss == first
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30))
+def test_a_packed_layout_covers_every_token_once(lengths: list[int]) -> None:
+    layout = Packed.from_lengths(lengths)
+    assert layout.starts.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert layout.starts.dtype == torch.int32
+    assert layout.position_N.tolist() == [i for length in lengths for i in range(length)]
+    assert [block.length for block in layout.blocks for _ in range(block.rows)] == lengths
+    neighbours = [block.length for block in layout.blocks]
+    assert all(a != b for a, b in pairwise(neighbours)), "runs are as long as they can be"
+
+
+def test_a_mask_that_hides_nothing_is_no_mask() -> None:
+    assert Padded.from_mask(2, 3, torch.ones(2, 3)).valid_BS is None
+    assert Padded.from_mask(2, 3, None).valid_BS is None
+    hidden = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert Padded.from_mask(2, 3, hidden).valid_BS.tolist() == hidden.bool().tolist()
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0]])
+def test_empty_sentences_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="lengths must be positive"):
+        Packed.from_lengths(lengths)
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    net = model("sdpa", torch.float32)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    layout = Packed.from_lengths([2, 3])
+    with pytest.raises(ValueError, match="eager"):
+        net(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        net(ids, attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="labels has shape"):
+        net(ids, labels=torch.ones(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="has no padding"):
+        net(ids[0], attention_mask=torch.ones(5), layout=layout)
+    with pytest.raises(ValueError, match="holds 5 tokens"):
+        net(ids.flatten(), layout=layout)
+    with pytest.raises(ValueError, match="128 positions"):
+        net(torch.ones(1, 129, dtype=torch.long))
+    with pytest.raises(ValueError, match="give \\(B, S\\)"):
+        net(ids[0])
+    with pytest.raises(ValueError, match="choose one of eager"):
+        BertForTokenClassification(CONFIG, "flash")

@@ -1,0 +1,213 @@
+"""The optimisers, the schedule and clipping, by trajectory: where do the weights end up?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minibert import BertForTokenClassification
+from minibert.optim import (
+    AdamW,
+    Group,
+    LossScaler,
+    bert_groups,
+    clip_grad_norm,
+    linear_schedule,
+)
+from minibert.weights import names_of
+
+STEPS = 20
+
+
+def batches(vocab_size: int, steps: int = STEPS) -> list[dict]:
+    draw = torch.Generator().manual_seed(3)
+    result = []
+    for step in range(steps):
+        shape = (4, 9 + step % 5)
+        labels = torch.randint(-1, 5, shape, generator=draw)
+        labels[labels < 0] = -100
+        mask = torch.ones(shape, dtype=torch.long)
+        mask[1, 5:] = 0
+        ids = torch.randint(5, vocab_size, shape, generator=draw)
+        result.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return result
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_twenty_steps_leave_every_weight_bit_equal(minilm: Path, attn: str, decay: float) -> None:
+    """Dropout on, clipping active, warm-up and decay: ours against the reference's own loop."""
+    lr, warmup = 3e-4, 5
+    torch.manual_seed(0)
+    theirs = transformers.BertForTokenClassification.from_pretrained(
+        minilm, num_labels=5, attn_implementation=attn
+    ).train()
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=lr, eps=1e-8, weight_decay=decay)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup, STEPS)
+    for inputs in batches(30522):
+        theirs(**inputs).loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    state_after = torch.get_rng_state()
+
+    ours = BertForTokenClassification.from_pretrained(
+        minilm, num_labels=5, attn_implementation=attn, seed=0
+    ).train()
+    mine = AdamW([Group(list(ours.parameters()), decay)], "torch", eps=1e-8)
+    clipped = 0
+    for step, inputs in enumerate(batches(30522)):
+        ours(**inputs).loss.backward()
+        my_norm = clip_grad_norm(ours.parameters(), 1.0)
+        clipped += bool(my_norm > 1.0)
+        mine.step(lr * linear_schedule(step, STEPS, warmup))
+        mine.zero_grad()
+
+    assert clipped > 0, "the test is to clip"
+    assert torch.equal(my_norm, norm)
+    assert torch.equal(torch.get_rng_state(), state_after)
+    state = theirs.state_dict()
+    for name, their_name in names_of(ours).items():
+        assert torch.equal(ours.get_parameter(name), state[their_name]), name
+
+
+def walk(step_of, seed: int = 0, steps: int = 50) -> torch.Tensor:
+    """A parameter pulled about by fixed pseudo-gradients for some steps."""
+    draw = torch.Generator().manual_seed(seed)
+    parameter = nn.Parameter(torch.randn(7, 5, generator=draw))
+    step = step_of(parameter)
+    for _ in range(steps):
+        parameter.grad = torch.randn(7, 5, generator=draw) * 0.1
+        step()
+    return parameter.detach()
+
+
+def ours(semantics: str, decay: float, eps: float | None = None):
+    def step_of(parameter: nn.Parameter):
+        optimizer = AdamW([Group([parameter], decay)], semantics, eps=eps)
+        return lambda: optimizer.step(1e-2)
+
+    return step_of
+
+
+def transformers_adamw(decay: float):
+    """The update that transformers documented for its AdamW until version 4, in float64 scalars."""
+
+    def step_of(parameter: nn.Parameter):
+        m = torch.zeros_like(parameter)
+        v = torch.zeros_like(parameter)
+        t = 0
+
+        @torch.no_grad()
+        def step() -> None:
+            nonlocal t
+            t += 1
+            m.mul_(0.9).add_(parameter.grad, alpha=0.1)
+            v.mul_(0.999).add_(parameter.grad**2, alpha=0.001)
+            size = 1e-2 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+            parameter.sub_(size * m / (v.sqrt() + 1e-6))
+            parameter.sub_(1e-2 * decay * parameter)
+
+        return step
+
+    return step_of
+
+
+def google_adamw(decay: float):
+    """google-research/bert, optimization.py, AdamWeightDecayOptimizer."""
+
+    def step_of(parameter: nn.Parameter):
+        m = torch.zeros_like(parameter)
+        v = torch.zeros_like(parameter)
+
+        @torch.no_grad()
+        def step() -> None:
+            m.mul_(0.9).add_(0.1 * parameter.grad)
+            v.mul_(0.999).add_(0.001 * parameter.grad**2)
+            parameter.sub_(1e-2 * (m / (v.sqrt() + 1e-6) + decay * parameter))
+
+        return step
+
+    return step_of
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_each_semantics_follows_its_formula(decay: float) -> None:
+    def torch_adamw(parameter):
+        return torch.optim.AdamW([parameter], lr=1e-2, eps=1e-8, weight_decay=decay).step
+
+    assert torch.equal(walk(ours("torch", decay)), walk(torch_adamw))
+    # The formulas written out round in another order: 50 steps of a few ulps of values around 1.
+    tolerance = {"rtol": 0, "atol": 50 * 4 * torch.finfo(torch.float32).eps}
+    torch.testing.assert_close(
+        walk(ours("transformers", decay)), walk(transformers_adamw(decay)), **tolerance
+    )
+    torch.testing.assert_close(walk(ours("google", decay)), walk(google_adamw(decay)), **tolerance)
+
+
+def test_the_semantics_differ_as_much_as_is_said() -> None:
+    """Equal eps, no decay: torch's and transformers' agree to rounding, Google's goes farther."""
+    start = walk(lambda parameter: lambda: None)
+    torch_end = walk(ours("torch", 0.0, 1e-8))
+    former_end = walk(ours("transformers", 0.0, 1e-8))
+    google_end = walk(ours("google", 0.0, 1e-8))
+    assert (torch_end - former_end).abs().max() < 1e-5
+    assert (google_end - start).norm() > 2 * (torch_end - start).norm()
+
+
+@given(st.integers(0, 400), st.integers(1, 300), st.integers(0, 300))
+def test_schedule_equals_the_reference(step: int, total: int, warmup: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = transformers.get_linear_schedule_with_warmup(optimizer, warmup, total)
+    assert linear_schedule(step, total, warmup) == theirs.lr_lambdas[0](step)
+
+
+@given(st.floats(1e-3, 1e3), st.integers(0, 2**31))
+def test_clipping_equals_torch(max_norm: float, seed: int) -> None:
+    def parameters():
+        draw = torch.Generator().manual_seed(seed)
+        result = []
+        for shape in ((3, 4), (17,), (2, 2, 2)):
+            parameter = nn.Parameter(torch.zeros(shape))
+            parameter.grad = torch.randn(shape, generator=draw) * 3
+            result.append(parameter)
+        return [*result, nn.Parameter(torch.zeros(2))]  # the last one without a gradient
+
+    mine, theirs = parameters(), parameters()
+    assert torch.equal(
+        clip_grad_norm(mine, max_norm), torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    )
+    for a, b in zip(mine[:3], theirs[:3]):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_decay_spares_biases_and_norms(minilm: Path) -> None:
+    model = BertForTokenClassification.from_pretrained(minilm, num_labels=3)
+    decayed, spared = bert_groups(model, 0.01)
+    assert decayed.weight_decay == 0.01
+    assert spared.weight_decay == 0.0
+    assert all(p.dim() == 2 for p in decayed.parameters)
+    assert all(p.dim() == 1 for p in spared.parameters)
+    count = sum(1 for _ in model.parameters())
+    assert len(decayed.parameters) + len(spared.parameters) == count
+
+
+def test_loss_scaler_backs_off_and_recovers() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    scaler = LossScaler(scale=8.0, patience=2)
+    parameter.grad = torch.tensor([8.0, 16.0, float("inf")])
+    assert not scaler.unscale([parameter])
+    assert scaler.scale == 4.0
+    for expected_scale in (4.0, 8.0):
+        parameter.grad = torch.tensor([4.0, 8.0, 0.0])
+        assert scaler.unscale([parameter])
+        assert scaler.scale == expected_scale
+    assert parameter.grad.tolist() == [1.0, 2.0, 0.0]
