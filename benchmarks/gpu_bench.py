@@ -1,7 +1,7 @@
 """Times on the GPU at hand: attention alone, then BERT-base inference and training in float16.
 
-    python benchmarks/gpu_bench.py                      everything
-    python benchmarks/gpu_bench.py --only attention     without the models
+    python -m benchmarks.gpu_bench                      everything
+    python -m benchmarks.gpu_bench --only attention     without the models
 
 Ceiling first: the tensor cores' float16 rate and the memory's bandwidth are measured by one large
 product and one large copy, and every attention time is also given as TFLOP/s. Useful operations are

@@ -1,7 +1,7 @@
 """What the compiler makes of the kernels: registers, spills, shared memory, tensor-core use.
 
-    python benchmarks/kernel_resources.py            print the tables
-    python benchmarks/kernel_resources.py --write    put them into docs/fused-attention.md
+    python -m benchmarks.kernel_resources            print the tables
+    python -m benchmarks.kernel_resources --write    put them into docs/fused-attention.md
 
 Needs NVRTC (``pip install 'minibert[cuda]'``) and no GPU.
 """

@@ -17,7 +17,7 @@ BETAS, EPS = (0.9, 0.999), 1e-6
 
 
 def emulated(sweep: adamw.Sweep, step: adamw.Launch) -> None:
-    machine = emulator.Emulator(emulator.source("adamw.cu"), step.defines)
+    machine = emulator.Emulator(emulator.source("adamw.cu"), step.defines, "-Og")
     machine.library.emulator_clear_views()
     inputs = (sweep.table, sweep.sizes, sweep.rates, sweep.chunks, sweep.scalars)
     for name, x in zip(("tensors", "sizes", "rates", "chunks", "scalars"), inputs):

@@ -76,6 +76,7 @@ def attend_padded(
     Returns:
         Context (N, H, K), zero at padding, so a fully masked row is finite.
     """
-    rows = (x_NHK[tokens] for x_NHK in (q_NHK, k_NHK, v_NHK))
-    context = attend_packed(*rows, starts, max_length, dropout_p)
+    context = attend_packed(
+        q_NHK[tokens], k_NHK[tokens], v_NHK[tokens], starts, max_length, dropout_p
+    )
     return context.new_zeros(q_NHK.shape).index_copy(0, tokens, context)
