@@ -9,6 +9,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 
 from cuda.core._kernel_arg_handler import ParamHolder
 from torch import Tensor
@@ -24,6 +25,24 @@ _WRITES = {
 }
 
 
+# _FORTIFY_SOURCE forbids longjmp between stacks, which is how fibers switch.
+_OPTIONS = ("-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE")
+
+
+_BUILDING = Lock()
+
+
+@lru_cache
+def _header(optimize: str) -> Path:
+    """``emulator.h`` compiled ahead: it takes longer than the kernels behind it."""
+    header = Path(_BUILDS.name) / f"emulator{optimize}.h"
+    header.write_text((build.HERE / "emulator.h").read_text())
+    compiled = header.with_suffix(".h.gch")
+    options = [*_OPTIONS, optimize, "-w", "-x", "c++-header", str(header), "-o", str(compiled)]
+    subprocess.run(["g++", *options], check=True)
+    return header
+
+
 class EmulationError(AssertionError):
     """The emulator saw a kernel do something forbidden."""
 
@@ -32,7 +51,7 @@ class Emulator:
     """The kernels of one source text.
 
     Args:
-        text: C++ source, ``emulator.h`` included.
+        text: C++ source, without ``primitives.cuh``: ``emulator.h`` stands for it.
         defines: preprocessor macros.
         optimize: "-O2" where it runs long, "-Og" where compiling takes longer than running.
     """
@@ -42,9 +61,10 @@ class Emulator:
         digest = hashlib.sha256("".join([text, *macros]).encode()).hexdigest()[:16]
         library = Path(_BUILDS.name) / f"{digest}.so"
         if not library.exists():
-            options = [optimize, "-std=c++17", "-shared", "-fPIC", *macros]
-            # _FORTIFY_SOURCE forbids longjmp between stacks, which is how fibers switch.
-            options += ["-U_FORTIFY_SOURCE", "-x", "c++", "-", "-o", str(library)]
+            with _BUILDING:
+                header = _header(optimize)
+            options = [*_OPTIONS, optimize, *macros, "-include", str(header)]
+            options += ["-shared", "-x", "c++", "-", "-o", str(library)]
             subprocess.run(["g++", *options], input=text.encode(), check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_launch.restype = ctypes.c_char_p
@@ -111,7 +131,7 @@ class Emulator:
 
 def source(file: str = "attention.cu") -> str:
     """Kernels as the emulator compiles them."""
-    return build.source(file, primitives="emulator.h")
+    return build.source(file, primitives=False)
 
 
 @lru_cache

@@ -6,6 +6,8 @@ source keeps on the same batch. Which of the two is part of the test.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import emulator
@@ -168,13 +170,25 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_seen(name: str) -> None:
-    fault = FAULTS[name]
+def plant(fault: Fault) -> emulator.Emulator | None:
+    """The kernels with this fault; None if it does not fit the source."""
     text = emulator.source()
-    assert text.count(fault.old) == 1, "the fault no longer fits the source: plant it anew"
+    if text.count(fault.old) != 1:
+        return None
     defines = {"HEAD_SIZE": fault.head_size, "DROPOUT": int(fault.dropout_p > 0)}
-    mutant = emulator.Emulator(text.replace(fault.old, fault.new), defines, "-Og")
+    return emulator.Emulator(text.replace(fault.old, fault.new), defines, "-Og")
+
+
+@pytest.fixture(scope="module")
+def mutants() -> dict[str, emulator.Emulator | None]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(FAULTS, pool.map(plant, FAULTS.values())))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_seen(name: str, mutants: dict[str, emulator.Emulator | None]) -> None:
+    fault, mutant = FAULTS[name], mutants[name]
+    assert mutant, "the fault no longer fits the source: plant it anew"
 
     def attempt() -> None:
         check(run(fault.lengths, 2, fault.head_size, fault.dropout_p, launch=mutant.run))

@@ -23,24 +23,22 @@ class BuildError(RuntimeError):
     """The kernels could not be compiled; the message says why and what to do."""
 
 
-def source(file: str, primitives: str = "primitives.cuh") -> str:
+def source(file: str, primitives: bool = True) -> str:
     """A kernel file with its includes put in place: one self-contained text.
 
     Args:
         file: a source in this directory.
-        primitives: what stands for ``primitives.cuh``; ``emulator.h`` makes the text run on a CPU.
+        primitives: whether ``primitives.cuh`` is among them; the emulator brings its own.
     """
     lines = [f'#line 1 "{file}"']
     for number, line in enumerate((HERE / file).read_text().splitlines(), start=1):
         if line.startswith('#include "'):
             included = line.split('"')[1]
-            chosen = primitives if included == "primitives.cuh" else included
-            lines.append(source(chosen, primitives))
+            if primitives or included != "primitives.cuh":
+                lines.append(source(included, primitives))
             lines.append(f'#line {number + 1} "{file}"')
-        elif line != "#pragma once":
-            lines.append(line)
         else:
-            lines.append("")
+            lines.append("" if line == "#pragma once" else line)
     return "\n".join(lines) + "\n"
 
 
