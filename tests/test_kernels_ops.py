@@ -150,7 +150,7 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_parameters_are_those_of_the_source() -> None:
     """Names, order and C types: ctypes packs what the kernels read."""
-    source = (build.HERE / "attention.cu").read_text()
+    source = (build.HERE / "problem.cuh").read_text()
     declared = re.search(r"#define PROBLEM_PARAMETERS\s*\\\s*\((.*?)\)\n", source, re.S)
     assert declared
     parameters = declared[1].replace("\\", " ").split(",")

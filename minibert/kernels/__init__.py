@@ -1,9 +1,9 @@
 """Fused attention over packed sentences: the project's CUDA kernels, or torch's.
 
-Reading order: ``docs/fused-attention.md``; ``primitives.cuh``, ``tiles.cuh``, ``attention.cu`` (the
-kernels); ``attention.py`` (their arguments), ``build.py`` (compiling), ``launch.py`` (starting),
-``ops.py`` (torch); ``ladder.py`` (who gets which). Importing this package compiles nothing and
-needs no CUDA.
+Reading order: ``docs/fused-attention.md``; ``primitives.cuh``, ``tiles.cuh``, ``problem.cuh``,
+``attention.cu`` (the kernels); ``attention.py`` (their arguments), ``build.py`` (compiling),
+``launch.py`` (starting), ``ops.py`` (torch); ``ladder.py`` (who gets which). Importing this package
+compiles nothing and needs no CUDA.
 
 Shape legend: see layout.py.
 """

@@ -21,7 +21,7 @@ SHORT = 64  # up to this length the one-warp kernels: 16-row tiles leave less of
 
 
 class Problem(NamedTuple):
-    """The parameters of every kernel: ``PROBLEM_PARAMETERS`` of attention.cu, name by name."""
+    """The parameters of every kernel: ``PROBLEM_PARAMETERS`` of problem.cuh, name by name."""
 
     q: Tensor
     k: Tensor
