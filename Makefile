@@ -8,7 +8,7 @@ PYTHON ?= $(VENV)/bin/python
 export MALLOC_MMAP_THRESHOLD_ = 1073741824
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-.PHONY: demo test test-slow check train scores format clean
+.PHONY: demo test test-slow gpu-test gpu-bench check train scores format clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
@@ -32,6 +32,13 @@ test: $(SETUP) weights/minilm/model.safetensors
 
 test-slow: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m pytest -m slow
+
+# Need a CUDA device; without one they say so.
+gpu-test: $(SETUP)
+	$(PYTHON) -m pytest -m gpu
+
+gpu-bench: $(SETUP)
+	$(PYTHON) -m benchmarks.gpu_bench
 
 check: $(SETUP)
 	$(PYTHON) -m ruff check .

@@ -1,1 +1,82 @@
-"""The project's own CUDA kernels: sources, run-time build and launch."""
+"""Fused attention over packed sentences: the project's CUDA kernels, or torch's.
+
+Reading order: ``docs/fused-attention.md``; ``primitives.cuh``, ``tiles.cuh``, ``problem.cuh``,
+``attention.cu`` (the kernels); ``attention.py`` (their arguments), ``build.py`` (compiling),
+``launch.py`` (starting), ``ops.py`` (torch); ``ladder.py`` (who gets which). Importing this package
+compiles nothing and needs no CUDA.
+
+Shape legend: see layout.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minibert.kernels.ladder import RUNGS, FusedUnavailableError, Rung, choose, name_of_rung
+
+__all__ = ["FusedUnavailableError", "Rung", "attend_packed", "attend_padded", "choose"]
+
+
+def attend_packed(
+    q_NHK: Tensor,
+    k_NHK: Tensor,
+    v_NHK: Tensor,
+    starts: Tensor,
+    max_length: int,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """softmax(q kᵀ / √K) v within each sentence (Vaswani et al. 2017, equation 1).
+
+    Args:
+        q_NHK, k_NHK, v_NHK: (N, H, K) on a CUDA device, float16, bfloat16 or float32; slices of one
+            (N, 3, H, K) product are read in place. Under ``torch.autocast`` they are cast to its
+            dtype.
+        starts: (B + 1,) int32 on the same device; sentence b holds tokens starts[b]:starts[b + 1],
+            and may be empty.
+        max_length: tokens of the longest sentence, or any bound above it. Not checked, which would
+            wait for the GPU: tokens behind a bound that is too low are left undefined.
+        dropout_p: probability of dropping an attention weight; its mask is drawn from torch's
+            generator of the device.
+
+    Returns:
+        Context (N, H, K), in the dtype computed in.
+
+    Raises:
+        FusedUnavailableError: no fused kernel runs on this device in this dtype.
+        ValueError: shapes or dtypes do not fit.
+    """
+    device = q_NHK.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        q_NHK, k_NHK, v_NHK = (x_NHK.to(dtype) for x_NHK in (q_NHK, k_NHK, v_NHK))
+    attend = RUNGS[name_of_rung(device, q_NHK.dtype, q_NHK.shape[2])]
+    return attend(q_NHK, k_NHK, v_NHK, starts, max_length, dropout_p)
+
+
+def attend_padded(
+    q_NHK: Tensor,
+    k_NHK: Tensor,
+    v_NHK: Tensor,
+    tokens: Tensor,
+    starts: Tensor,
+    max_length: int,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``attend_packed`` for a padded batch: padding neither attends nor is attended to.
+
+    Args:
+        q_NHK, k_NHK, v_NHK: (N, H, K), padding included; N = B * S.
+        tokens: (number of real tokens,) int64, where they lie on the N axis, in order:
+            ``mask.flatten().nonzero()[:, 0]``.
+        starts: (B + 1,) int32, over the real tokens; a row that is all padding is empty:
+            ``F.pad(mask.sum(1).cumsum(0), (1, 0)).int()``.
+        max_length, dropout_p: as for ``attend_packed``; S will do.
+
+    Returns:
+        Context (N, H, K), zero at padding, so a fully masked row is finite.
+    """
+    context = attend_packed(
+        q_NHK[tokens], k_NHK[tokens], v_NHK[tokens], starts, max_length, dropout_p
+    )
+    return context.new_zeros(q_NHK.shape).index_copy(0, tokens, context)

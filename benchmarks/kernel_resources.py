@@ -1,0 +1,132 @@
+"""What the compiler makes of the kernels: registers, spills, shared memory, tensor-core use.
+
+    python -m benchmarks.kernel_resources            print the tables
+    python -m benchmarks.kernel_resources --write    put them into docs/fused-attention.md
+
+Needs NVRTC (``pip install 'minibert[cuda]'``) and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from minibert.kernels import build
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
+VARIANTS = tuple((head_size, dropout) for head_size in (64, 32) for dropout in (0, 1))
+DOCUMENT = Path(__file__).parents[1] / "docs" / "fused-attention.md"
+BEGIN, END = "<!-- kernel_resources.py -->", "<!-- end -->"
+
+# The low 12 bits of a 128-bit instruction are its opcode, from Volta on.
+OPCODES = {"HMMA": 0x23C, "LDSM": 0x83B}  # tensor-core product, ldmatrix
+
+
+class Resources(NamedTuple):
+    """One kernel in one binary."""
+
+    registers: int  # a thread
+    spilled: int  # bytes stored to and loaded from local memory, a thread
+    shared: int  # bytes a block
+    hmma: int  # tensor-core instructions in the code
+    ldmatrix: int
+
+
+@cache
+def measure(arch: str, head_size: int, dropout: int) -> dict[str, Resources]:
+    """Compile attention.cu and read what the assembler and the binary say, by kernel."""
+    defines = {"HEAD_SIZE": head_size, "DROPOUT": dropout}
+    code, log = build.compile_source(build.source("attention.cu"), arch, defines)
+    resources = {}
+    for entry in log.split("Compiling entry function '")[1:]:
+        kernel = entry.split("'")[0]
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", entry))
+        found = re.search(r"Used (\d+) registers.*?(\d+) bytes smem", entry)
+        if not found:
+            raise RuntimeError(f"{kernel}: the assembler's log has another form: {entry!r}")
+        counts = Counter(_opcodes(code, f".text.{kernel}"))
+        resources[kernel] = Resources(
+            int(found[1]), spilled, int(found[2]), counts[OPCODES["HMMA"]], counts[OPCODES["LDSM"]]
+        )
+    return resources
+
+
+def _opcodes(elf: bytes, section: str) -> Iterator[int]:
+    """Opcodes of the instructions in one section of an ELF64 file."""
+    table, size, count, names = (
+        *struct.unpack_from("<Q", elf, 40),
+        *struct.unpack_from("<HHH", elf, 58),
+    )
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
+    for header in headers:
+        start = headers[names][4] + header[0]
+        if elf[start : elf.index(b"\0", start)].decode() == section:
+            for at in range(header[4], header[4] + header[5], 16):
+                yield struct.unpack_from("<Q", elf, at)[0] & 0xFFF
+
+
+def blocks_on_t4(kernel: str, used: Resources) -> int:
+    """How many blocks a multiprocessor of the T4 holds at once.
+
+    64 K registers, handed out by the warp in units of 256; 64 KB shared memory; 32 warps; 16 blocks
+    (CUDA C++ Programming Guide, technical specifications for compute capability 7.5).
+    """
+    warps = 4 if kernel.endswith("_long") else 1
+    registers_a_warp = -(-used.registers * 32 // 256) * 256
+    # A warp stays on one of the four schedulers, which has a quarter of the registers.
+    warps_at_once = 4 * (65536 // 4 // registers_a_warp)
+    return min(warps_at_once // warps, 65536 // used.shared, 32 // warps, 16)
+
+
+def tables() -> str:
+    """Everything as Markdown."""
+    lines = [f"Compiled by NVRTC {version('nvidia-cuda-nvrtc')}; no kernel spills a register.", ""]
+    lines += [
+        "| head size | dropout | kernel | registers, sm_75 / 80 / 90 | shared memory | "
+        "HMMA | ldmatrix | blocks (warps) a T4 multiprocessor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for head_size, dropout in VARIANTS:
+        measured = [measure(arch, head_size, dropout) for arch in ARCHITECTURES]
+        for kernel, on_t4 in reversed(measured[0].items()):
+            spilled = [found[kernel].spilled for found in measured]
+            if any(spilled):
+                raise RuntimeError(
+                    f"{kernel}, head size {head_size}, spills {spilled} bytes on {ARCHITECTURES}"
+                )
+            registers = " / ".join(str(found[kernel].registers) for found in measured)
+            blocks = blocks_on_t4(kernel, on_t4)
+            lines.append(
+                f"| {head_size} | {'yes' if dropout else 'no'} | `{kernel}` "
+                f"| {registers} | {on_t4.shared} | {on_t4.hmma} | {on_t4.ldmatrix} "
+                f"| {blocks} ({blocks * (4 if kernel.endswith('_long') else 1)}) |"
+            )
+    return "\n".join(lines)
+
+
+def documented() -> str:
+    """The tables as they stand in the document."""
+    return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"update {DOCUMENT.name}")
+    text = tables()
+    if not parser.parse_args().write:
+        print(text)
+        return
+    head, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    tail = rest.partition(END)[2]
+    DOCUMENT.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

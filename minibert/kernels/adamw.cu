@@ -1,0 +1,70 @@
+// AdamW over all parameters of a model in one launch.
+//
+// Written with one operation after another, AdamW reads and writes every parameter and its two
+// moments several times, and clipping and unscaling read and write every gradient once more. The
+// arithmetic is nothing, the traffic everything: here each number is read once and written once.
+//
+// A block does one chunk of one tensor; which, it finds in a table. SEMANTICS is fixed when
+// compiling: 0 "torch", 1 "transformers", 2 "google" (the three published versions, see adamw.py).
+#include "primitives.cuh"
+
+constexpr int THREADS = 256, UNROLLED = 4;
+constexpr int CHUNK = 4096;  // elements a block updates; adamw.py cuts the tensors so
+
+struct Tensors {  // one row of the table: where a parameter, its gradient and its moments lie
+  float* parameter;
+  const float* gradient;
+  float* first;
+  float* second;
+};
+
+KERNEL(adamw, THREADS, 4,
+       (const Tensors* tensors, const int* sizes, const float* rates, const int* chunks,
+        const float* scalars, float lr, float rest1, float beta2, float rest2,
+        float eps),
+       // rest1 and rest2 are 1 - beta, subtracted in float64: in float32 0.999 leaves four digits.
+       // chunks (number of blocks, 2): tensor, and which of its chunks.
+       const int tensor = load_global(chunks + 2 * block_index_x());
+       const int start = load_global(chunks + 2 * block_index_x() + 1) * CHUNK;
+       const int size = load_global(sizes + tensor);
+       // scalars: what gradients are multiplied with (clipping and unscaling), the two bias
+       // corrections, and whether to do anything: a gradient that overflowed skips the step.
+       const float factor = load_global(scalars), correction1 = load_global(scalars + 1);
+       const float correction2 = load_global(scalars + 2);
+       if (load_global(scalars + 3) == 0.f) return;
+       const Tensors t = load_global(tensors + tensor);
+       // rates (tensors, 2): factor on the learning rate, weight decay.
+       const float rate = lr * load_global(rates + 2 * tensor);
+       const float decay = load_global(rates + 2 * tensor + 1);
+
+       for (int base = start; base < start + CHUNK && base < size; base += THREADS * UNROLLED) {
+         float p[UNROLLED], g[UNROLLED], m[UNROLLED], v[UNROLLED];
+         UNROLL for (int i = 0; i < UNROLLED; i++) {  // all loads first: they wait together
+           const int at = base + i * THREADS + thread_index();
+           if (at < size) {
+             p[i] = load_global(t.parameter + at);
+             g[i] = load_global(t.gradient + at) * factor;
+             m[i] = load_global(t.first + at);
+             v[i] = load_global(t.second + at);
+           }
+         }
+         UNROLL for (int i = 0; i < UNROLLED; i++) {
+           const int at = base + i * THREADS + thread_index();
+           if (at < size) {
+             m[i] += (g[i] - m[i]) * rest1;
+             v[i] = v[i] * beta2 + g[i] * g[i] * rest2;
+             if (SEMANTICS == 0) {
+               p[i] -= rate * decay * p[i];
+               p[i] -= rate / correction1 * (m[i] / (square_root(v[i]) / correction2 + eps));
+             } else if (SEMANTICS == 1) {
+               p[i] -= rate * correction2 / correction1 * (m[i] / (square_root(v[i]) + eps));
+               p[i] -= rate * decay * p[i];
+             } else {
+               p[i] -= rate * (m[i] / (square_root(v[i]) + eps) + decay * p[i]);
+             }
+             store_global(t.parameter + at, p[i]);
+             store_global(t.first + at, m[i]);
+             store_global(t.second + at, v[i]);
+           }
+         }
+       })

@@ -1,0 +1,103 @@
+// What an attention kernel is given, which part of it a block does, and what dropout keeps.
+//
+// Legend: N tokens of the batch, H heads, B sentences, K head size.
+#pragma once
+#include "tiles.cuh"
+
+// What a launch works on. Pointers that a kernel does not use are null.
+struct Problem {
+  const f16 *q, *k, *v;      // (N, H, K), rows of one token `*_stride` halves apart
+  f16* context;              // (N, H, K), contiguous: forward's result, backward's input
+  const f16* d_context;      // (N, H, K), contiguous: gradient of the context
+  float* lse;                // (H, N): log of the sum of exp of a row's scores
+  float* delta;              // (H, N): sum over K of context * d_context; written by backward_q
+  f16 *dq, *dk, *dv;         // (N, H, K), rows of one token `grad_stride` halves apart
+  const int* starts;         // (B + 1): sentence b holds tokens starts[b] .. starts[b + 1] - 1
+  const u64* seed;           // one number: which dropout mask. In memory, so that a CUDA graph
+                             // which is replayed can be given another
+  int tokens, heads, tiles;  // N, H, tiles of rows a sentence has at most
+  int q_stride, k_stride, v_stride, grad_stride;
+  float scale;               // 1 / √K
+  float keep_scale;          // 1 / (1 - dropout probability)
+  u32 drop_below;            // a weight is dropped when its 16 random bits are below this
+};
+
+#define PROBLEM_PARAMETERS                                                                         \
+  (const f16* q, const f16* k, const f16* v, f16* context, const f16* d_context, float* lse,       \
+   float* delta, f16* dq, f16* dk, f16* dv, const int* starts, const u64* seed, int tokens,        \
+   int heads, int tiles, int q_stride, int k_stride, int v_stride, int grad_stride, float scale,   \
+   float keep_scale, u32 drop_below)
+#define PROBLEM                                                                                    \
+  Problem {                                                                                        \
+    q, k, v, context, d_context, lse, delta, dq, dk, dv, starts, seed, tokens, heads, tiles,       \
+        q_stride, k_stride, v_stride, grad_stride, scale, keep_scale, drop_below                   \
+  }
+
+// Which part of the problem this block does. The grid is (sentences * tiles, heads).
+struct Place {
+  int first_token;  // of the sentence
+  int length;       // tokens of the sentence
+  int head;
+  int first_row;    // of this block, counted in the sentence
+
+  DEVICE Place(const Problem& p, int rows_per_block) {
+    const int sentence = block_index_x() / p.tiles;
+    first_token = load_global(p.starts + sentence);
+    length = load_global(p.starts + sentence + 1) - first_token;
+    head = block_index_y();
+    first_row = block_index_x() % p.tiles * rows_per_block;
+  }
+
+  // Where row 0 of this sentence and head begins in a tensor whose tokens are `stride` apart.
+  DEVICE long long offset(int stride) const { return (long long)first_token * stride + head * K; }
+
+  // Where it begins in an (H, N) table.
+  DEVICE long long row_offset(int tokens) const { return (long long)head * tokens + first_token; }
+};
+
+// ---- dropout -----------------------------------------------------------------------------------
+
+// 64 random bits that depend on the seed and on two counters alone: Philox 2x32 with seven rounds,
+// the fewest that pass BigCrush (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+DEVICE u64 philox(u64 seed, u32 counter0, u32 counter1) {
+  u32 key = (u32)seed;
+  counter1 ^= (u32)(seed >> 32);
+  UNROLL for (int round = 0; round < 7; round++) {
+    const u64 product = (u64)0xD256D193u * counter0;
+    counter0 = (u32)(product >> 32) ^ key ^ counter1;
+    counter1 = (u32)product;
+    key += 0x9E3779B9u;
+  }
+  return (u64)counter1 << 32 | counter0;
+}
+
+// Which of a lane's 2 x 4 probabilities of a 16 x 16 patch survive: bit 4j + e for p[j][e].
+//
+// One draw decides the four weights (i, j), (i, j + 8), (i + 8, j) and (i + 8, j + 8). A lane holds
+// rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9: exactly two draws, whether the rows are
+// queries (forward, backward_q) or keys (backward_kv), and both see the same bits.
+template <bool ROWS_ARE_KEYS>
+DEVICE u32 kept(const Problem& p, u64 seed, const Place& at, int row, int column) {
+  const int lane = thread_index() % 32;
+  const u32 row_draw = row / 16 * 8 + lane / 4;
+  u32 bits = 0;
+  UNROLL for (int i = 0; i < 2; i++) {
+    const u32 column_draw = column / 16 * 8 + lane % 4 * 2 + i;
+    const u32 query = ROWS_ARE_KEYS ? column_draw : row_draw;
+    const u32 key = ROWS_ARE_KEYS ? row_draw : column_draw;
+    const u64 random = philox(seed, at.first_token + query, (u32)at.head << 16 | key);
+    UNROLL for (int j = 0; j < 2; j++) {
+      UNROLL for (int r = 0; r < 2; r++) {
+        const int which = ROWS_ARE_KEYS ? 2 * j + r : 2 * r + j;
+        const bool survives = ((u32)(random >> (16 * which)) & 0xffffu) >= p.drop_below;
+        bits |= (u32)survives << (4 * j + 2 * r + i);
+      }
+    }
+  }
+  return bits;
+}
+
+// A weight after dropout; `bit` is its place in what `kept` returned.
+DEVICE float dropped(float weight, u32 keep, int bit, const Problem& p) {
+  return keep >> bit & 1 ? weight * p.keep_scale : 0.f;
+}

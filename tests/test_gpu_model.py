@@ -1,0 +1,136 @@
+"""The whole model by fused attention on a GPU, against transformers in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LENGTHS = [12, 3, 70, 9, 128, 31]
+LABELS = 25
+
+
+def reference(dropout_p: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=1000,
+        num_hidden_layers=4,
+        num_labels=LABELS,
+        hidden_dropout_prob=dropout_p,
+        attention_probs_dropout_prob=dropout_p,
+        attn_implementation="sdpa",
+    )
+    return transformers.BertForTokenClassification(config).cuda()
+
+
+def ours_like(theirs: nn.Module, attn: str) -> nn.Module:
+    from minibert import BertConfig, BertForTokenClassification, weights
+
+    labels = tuple(f"L{i}" for i in range(LABELS))
+    config = BertConfig.from_dict({**theirs.config.to_dict(), "id2label": dict(enumerate(labels))})
+    model = BertForTokenClassification(config, attn).cuda()
+    state = theirs.state_dict()
+    model.load_state_dict({ours: state[name] for ours, name in weights.names_of(model).items()})
+    return model
+
+
+def batch() -> tuple[dict[str, Tensor], dict[str, object], Tensor]:
+    """The same sentences padded for the reference and packed for ours; which padded are real."""
+    from minibert.layout import Packed
+
+    torch.manual_seed(1)
+    ids = torch.randint(1000, (len(LENGTHS), max(LENGTHS))).cuda()
+    ends = torch.tensor(LENGTHS).cuda()
+    real = torch.arange(max(LENGTHS)).cuda() < ends[:, None]
+    labels = torch.randint(LABELS, ids.shape).cuda()
+    padded = {
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "labels": labels.masked_fill(~real, -100),
+    }
+    layout = Packed.from_lengths(LENGTHS, "cuda")
+    packed = {"input_ids": ids[real], "labels": labels[real], "layout": layout}
+    return padded, packed, real
+
+
+def test_error_is_within_that_of_transformers() -> None:
+    """Float16 by autocast: at most twice transformers' error, in gradients three times."""
+    theirs = reference().eval()
+    exact = copy.deepcopy(theirs).double()
+    ours = ours_like(theirs, "fused").eval()
+    padded, packed, real = batch()
+    scale = 1024.0
+    results = []
+    for model, inputs, half in (
+        (exact, padded, False),
+        (theirs, padded, True),
+        (ours, packed, True),
+    ):
+        with torch.autocast("cuda", torch.float16, enabled=half):
+            output = model(**inputs)
+        (output.loss * scale).backward()
+        results.append(output.logits[real] if output.logits.dim() == 3 else output.logits)
+    want, reference_logits, logits = (x.detach().double() for x in results)
+    allowed = 2 * (reference_logits - want).abs().max() + 1e-5
+    assert (logits - want).abs().max() <= allowed
+
+    from minibert import weights
+
+    exact_grads = {name: p.grad for name, p in exact.named_parameters()}
+    their_grads = {name: p.grad for name, p in theirs.named_parameters()}
+    our_grads = {name: p.grad for name, p in ours.named_parameters()}
+    for mine, name in weights.names_of(ours).items():
+        exact_grad = exact_grads[name]
+        allowed = 3 * (their_grads[name] - exact_grad).abs().max() + 1e-5 * scale
+        assert (our_grads[mine] - exact_grad).abs().max() <= allowed, name
+
+
+def test_twenty_amp_steps_follow_the_eager_path() -> None:
+    """As far from eager float32 as eager float16 is, at most three times."""
+    theirs = reference()
+    runs = {}
+    for attn, half in (("eager", False), ("eager", True), ("fused", True)):
+        model = ours_like(theirs, attn).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+        scaler = torch.amp.GradScaler(enabled=half)
+        _, packed, _ = batch()
+        losses = []
+        for _ in range(20):
+            with torch.autocast("cuda", torch.float16, enabled=half):
+                loss = model(**packed).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        runs[attn, half] = torch.tensor(losses)
+    exact = runs["eager", False]
+    assert exact[-1] < 0.9 * exact[0]
+    allowed = 3 * (runs["eager", True] - exact).abs().max() + 1e-3
+    assert (runs["fused", True] - exact).abs().max() <= allowed
+
+
+def test_a_padded_batch_and_a_fully_masked_row() -> None:
+    ours = ours_like(reference(), "fused").eval()
+    padded, packed, real = batch()
+    padded.pop("labels")
+    packed.pop("labels")
+    padded["attention_mask"][1] = 0
+    with torch.no_grad(), torch.autocast("cuda", torch.float16):
+        logits = ours(**padded).logits
+        expected = ours(**packed).logits
+    assert torch.isfinite(logits).all()
+    same = real.clone()
+    same[1] = False
+    first = torch.zeros_like(real)
+    first[1] = real[1]
+    kept = ~first[real]
+    torch.testing.assert_close(logits[same], expected[kept], rtol=1e-2, atol=1e-2)

@@ -1,0 +1,174 @@
+"""One-pass AdamW, run from its CUDA source by the emulator, against AdamW in float64."""
+
+from __future__ import annotations
+
+import emulator
+import pytest
+import torch
+from cuda.core._kernel_arg_handler import ParamHolder
+from torch import Tensor
+
+from minibert.kernels import adamw, build
+
+SHAPES = [(3,), (70, 64), (adamw.CHUNK,), (adamw.CHUNK + 1,), (2, adamw.CHUNK), ()]
+FACTORS = [1.0, 0.5, 1.0, 1.0, 2.0, 1.0]
+DECAYS = [0.0, 0.1, 0.01, 0.0, 0.1, 0.0]
+BETAS, EPS = (0.9, 0.999), 1e-6
+
+
+def emulated(sweep: adamw.Sweep, step: adamw.Launch) -> None:
+    machine = emulator.Emulator(emulator.source("adamw.cu"), step.defines, "-Og")
+    machine.library.emulator_clear_views()
+    inputs = (sweep.table, sweep.sizes, sweep.rates, sweep.chunks, sweep.scalars)
+    for name, x in zip(("tensors", "sizes", "rates", "chunks", "scalars"), inputs):
+        machine.view(name, x, 0)
+    for i, x in enumerate(sweep.gradients):
+        machine.view(f"gradient {i}", x.flatten(), 0)
+    skipped = not sweep.scalars[3]
+    for name in ("parameters", "first", "second"):
+        for i, x in enumerate(getattr(sweep, name)):
+            touched = sweep.addresses[i][1] and not skipped
+            machine.view(f"{name} {i}", x.view(-1), 2 if touched else 0)
+    holder = ParamHolder(step.parameters)
+    count = len(step.parameters)
+    machine.run_packed("adamw", (step.blocks, 1), adamw.THREADS, holder, count)
+
+
+def sweep(semantics: str) -> adamw.Sweep:
+    torch.manual_seed(0)
+    parameters, first, second = ([torch.randn(shape) for shape in SHAPES] for _ in range(3))
+    for x, y in zip(first, second):
+        x.zero_()
+        y.zero_()
+    return adamw.Sweep(
+        parameters, first, second, FACTORS, DECAYS, semantics, BETAS, EPS, launch=emulated
+    )
+
+
+class Written:
+    """AdamW as published, in float64, with torch's clipping before it."""
+
+    def __init__(self, parameters: list[Tensor], semantics: str) -> None:
+        self.parameters = [x.double() for x in parameters]
+        self.moments = [[torch.zeros_like(x) for x in self.parameters] for _ in range(2)]
+        self.semantics, self.steps = semantics, 0
+
+    def step(self, gradients: list[Tensor | None], lr: float, max_norm: float) -> float:
+        norm = sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
+        clip = min(1.0, max_norm / (norm + 1e-6))
+        self.steps += 1
+        correction1, correction2 = (1 - beta**self.steps for beta in BETAS)
+        for p, g, m, v, factor, decay in zip(
+            self.parameters, gradients, *self.moments, FACTORS, DECAYS
+        ):
+            if g is None:
+                continue
+            rate = lr * factor
+            g = g.double() * clip
+            m.copy_(BETAS[0] * m + (1 - BETAS[0]) * g)
+            v.copy_(BETAS[1] * v + (1 - BETAS[1]) * g * g)
+            if self.semantics == "torch":
+                p.mul_(1 - rate * decay)
+                p.sub_(rate * (m / correction1) / ((v / correction2).sqrt() + EPS))
+            elif self.semantics == "transformers":
+                p.sub_(rate * correction2**0.5 / correction1 * m / (v.sqrt() + EPS))
+                p.mul_(1 - rate * decay)
+            else:
+                p.sub_(rate * (m / (v.sqrt() + EPS) + decay * p))
+        return norm
+
+
+def close(got: list[Tensor], want: list[Tensor], lr: float, steps: int) -> None:
+    """An update is at most a few lr; each of its float32 operations errs by 2^-24 relative, and
+    each step rounds the parameter once or twice."""
+    for x, y in zip(got, want):
+        bound = steps * (2 * 2**-24 * y.abs() + 32 * 2**-24 * 10 * lr)
+        assert ((x.double() - y).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("semantics", ["torch", "transformers", "google"])
+@pytest.mark.parametrize("max_norm", [1.0, 1e6])
+def test_trajectory(semantics: str, max_norm: float) -> None:
+    machine = sweep(semantics)
+    written = Written(machine.parameters, semantics)
+    steps, lr = 6, 1e-2
+    for step in range(steps):
+        gradients: list[Tensor | None] = [torch.randn(shape) for shape in SHAPES]
+        if step == 2:
+            gradients[1] = None
+        scale = torch.tensor(1024.0)
+        scaled = [None if g is None else g * scale for g in gradients]
+        norm = machine.step(scaled, lr, max_norm, scale)
+        expected = written.step(gradients, lr, max_norm)
+        assert float(norm) == pytest.approx(expected, rel=1e-5)
+    close(machine.parameters, written.parameters, lr, steps)
+
+
+def test_without_clipping_and_scaling_it_is_torch_adamw() -> None:
+    machine = sweep("torch")
+    parameters = [x.clone().requires_grad_() for x in machine.parameters]
+    groups = [
+        {"params": [p], "lr": 1e-2 * factor, "weight_decay": decay}
+        for p, factor, decay in zip(parameters, FACTORS, DECAYS)
+    ]
+    reference = torch.optim.AdamW(groups, betas=BETAS, eps=EPS)
+    for _ in range(4):
+        gradients = [torch.randn(shape) for shape in SHAPES]
+        for p, g in zip(parameters, gradients):
+            p.grad = g.clone()
+        reference.step()
+        machine.step(gradients, 1e-2)
+    close(machine.parameters, [p.detach().double() for p in parameters], 1e-2, 2 * 4)
+
+
+def test_an_overflow_skips_the_step_and_is_not_counted() -> None:
+    machine = sweep("torch")
+    before = [x.clone() for x in machine.parameters]
+    gradients = [torch.ones(shape) for shape in SHAPES]
+    gradients[3][7] = float("inf")
+    norm = machine.step(gradients, 1e-2, 1.0, torch.tensor(2.0))
+    assert not torch.isfinite(norm)
+    assert all(torch.equal(x, y) for x, y in zip(machine.parameters, before))
+    assert machine.steps == 0
+
+
+def test_what_the_kernel_cannot_read_is_refused() -> None:
+    x = [torch.zeros(3, 4).T]
+    with pytest.raises(ValueError, match="contiguous float32"):
+        adamw.Sweep(x, x, x, [1.0], [0.0], "torch", BETAS, EPS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "seen"),
+    [
+        ("if (at < size) {\n             p[i]", "{\n             p[i]", "outside every tensor"),
+        ("* CHUNK;", "* CHUNK / 2;", "second time|after it was updated"),
+        ("base < start + CHUNK && ", "", "second time|after it was updated"),
+        ("(g[i] - m[i])", "g[i]", "NUMBERS"),
+        ("2 * tensor + 1);\n\n", "2 * tensor);\n\n", "NUMBERS"),
+    ],
+)
+def test_planted_faults_are_seen(
+    old: str, new: str, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = emulator.source("adamw.cu")
+    assert text.count(old) in (1, 2)
+    monkeypatch.setattr(emulator, "source", lambda file: text.replace(old, new, 1))
+
+    def attempt() -> None:
+        try:
+            test_trajectory("torch", 1.0)
+        except emulator.EmulationError:
+            raise
+        except AssertionError:
+            raise AssertionError("NUMBERS") from None
+
+    with pytest.raises(AssertionError, match=seen):
+        attempt()
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+def test_compiles_without_spills(arch: str) -> None:
+    for semantics in adamw.SEMANTICS.values():
+        _, log = build.compile_source(build.source("adamw.cu"), arch, {"SEMANTICS": semantics})
+        assert "0 bytes spill stores, 0 bytes spill loads" in log
