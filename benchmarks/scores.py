@@ -29,7 +29,7 @@ def main() -> None:
         last = [entry for entry in log if entry.get("set") == "test"][-1]
         runs.append({"seed": seed, "seconds": round(seconds)} | {key: last[key] for key in SHOWN})
         print(runs[-1], flush=True)
-    path = keep("scores-minilm", {"runs": runs})
+        path = keep("scores-minilm", {"runs": runs})
     rows = []
     for key, title in SHOWN.items():
         values = [100 * run[key] for run in runs]
