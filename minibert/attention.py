@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert.layout import Block, Layout
+from minibert import kernels
+from minibert.layout import Block, Layout, Padded
 
 
 class Attended(NamedTuple):
@@ -105,7 +106,28 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-IMPLEMENTATIONS: dict[str, AttentionFn] = {"eager": eager, "sdpa": sdpa}
+def fused(
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float
+) -> Attended:
+    """The same without padding, on CUDA, by kernels that keep no attention maps.
+
+    The kernels know packed sentences only. Of a padded batch they get the real tokens; padding
+    comes back as zeros, and so does a row in which everything is hidden. Arguments as ``eager``.
+
+    Raises:
+        FusedUnavailableError: no fused kernel runs on this device in this dtype.
+    """
+    qkv = (q_NHK, k_NHK, v_NHK)
+    if isinstance(layout, Padded) and layout.valid_BS is not None:
+        context_NHK = kernels.attend_padded(
+            *qkv, layout.real_tokens, layout.starts, layout.max_length, dropout_p
+        )
+    else:
+        context_NHK = kernels.attend_packed(*qkv, layout.starts, layout.max_length, dropout_p)
+    return Attended(context_NHK, None)
+
+
+IMPLEMENTATIONS: dict[str, AttentionFn] = {"eager": eager, "sdpa": sdpa, "fused": fused}
 
 
 def implementation(name: str) -> AttentionFn:
@@ -128,13 +150,27 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(name: str, device: torch.device) -> Choice:
-    """Settle "auto"; any other name is checked and kept.
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> Choice:
+    """Settle "auto", and make sure that what was asked for by name can run.
+
+    Args:
+        name: "eager", "sdpa", "fused" or "auto": fused where it runs, else sdpa.
+        device: where the model runs.
+        dtype: of its parameters.
+        head_size: K.
 
     Raises:
         ValueError: no implementation has that name.
+        FusedUnavailableError: "fused" was asked for and cannot run here; it says why.
     """
-    if name != "auto":
-        implementation(name)
+    if name in ("eager", "sdpa"):
         return Choice(name, "asked for")
-    return Choice("sdpa", f"PyTorch's fused kernel is the fastest plain path on {device.type}")
+    if name not in ("fused", "auto"):
+        implementation(name)
+    try:
+        rung = kernels.choose(device, dtype, head_size)
+    except kernels.FusedUnavailableError as error:
+        if name == "fused":
+            raise
+        return Choice("sdpa", str(error).partition(": use ")[0])
+    return Choice("fused", f"{rung.name}: {rung.reason}")

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 def _running(command: argparse.ArgumentParser) -> None:
     """The options of every command that runs a model."""
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--attn", choices=("auto", "eager", "sdpa"), default="auto")
+    command.add_argument("--attn", choices=("auto", "eager", "sdpa", "fused"), default="auto")
     command.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     command.add_argument(

@@ -8,8 +8,10 @@ from importlib.metadata import version
 
 import torch
 
-from minibert import __version__, attention, hub
-from minibert.machine import DtypeChoice, choose_device, choose_dtype, name_of
+from minibert import __version__, attention, hub, kernels
+from minibert.machine import DTYPES, DtypeChoice, choose_device, choose_dtype, name_of
+
+HEAD_SIZE = 64  # K of BERT-base
 
 
 def describe() -> str:
@@ -18,7 +20,7 @@ def describe() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     device = choose_device()
     dtype = choose_dtype("auto", device)
-    choice = attention.choose("auto", device)
+    choice = attention.choose("auto", device, dtype.dtype, HEAD_SIZE)
     lines = [
         f"minibert     {__version__}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -31,12 +33,21 @@ def describe() -> str:
         f"auto device  {device}",
         f"auto dtype   {_line(dtype)}",
         f"auto attn    {choice.name}: {choice.reason}",
+        *(f"fused {name:6} {_fused(device, known)}" for name, known in DTYPES.items()),
     ]
     return "\n".join(lines)
 
 
 def _line(choice: DtypeChoice) -> str:
     return f"{name_of(choice.dtype)}: {choice.reason}"
+
+
+def _fused(device: torch.device, dtype: torch.dtype) -> str:
+    """What "fused" is for this dtype, and why."""
+    try:
+        return attention.choose("fused", device, dtype, HEAD_SIZE).reason
+    except kernels.FusedUnavailableError as error:
+        return f"cannot run: {error}"
 
 
 def _gpus() -> str:

@@ -24,6 +24,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -43,15 +44,17 @@ class Padded:
         rows: B.
         length: S.
         valid_BS: (B, S) bool, True at real tokens; None when all are. Build with ``from_mask``.
+        device: where the batch is.
     """
 
     rows: int
     length: int
     valid_BS: Tensor | None = None
+    device: torch.device | None = None
 
     @classmethod
-    def from_mask(cls, rows: int, length: int, attention_mask: Tensor | None) -> Padded:
-        """Layout of a padded batch; ``attention_mask`` is (B, S), nonzero at real tokens.
+    def from_mask(cls, input_ids: Tensor, attention_mask: Tensor | None) -> Padded:
+        """Layout of padded ``input_ids`` (B, S); the mask, like it, is nonzero at real tokens.
 
         A mask that hides nothing becomes None: the reference does the same, and attention without
         a mask takes another kernel, whose last bits differ.
@@ -59,20 +62,35 @@ class Padded:
         Raises:
             ValueError: the mask's shape is not (B, S).
         """
+        rows, length = input_ids.shape
         if attention_mask is None:
-            return cls(rows, length)
-        if attention_mask.shape != (rows, length):
+            return cls(rows, length, None, input_ids.device)
+        if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, "
                 f"but input_ids has {(rows, length)}: they must be equal"
             )
         valid_BS = attention_mask != 0
-        return cls(rows, length, None if bool(valid_BS.all()) else valid_BS)
+        return cls(rows, length, None if bool(valid_BS.all()) else valid_BS, input_ids.device)
 
     @property
     def max_length(self) -> int:
         """Tokens of the longest row."""
         return self.length
+
+    @cached_property
+    def real_tokens(self) -> Tensor:
+        """Where the real tokens lie on the flat axis: int64, in order. Waits for a GPU, once."""
+        assert self.valid_BS is not None
+        return self.valid_BS.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(B + 1,) int32: where each row's real tokens begin when padding is left out."""
+        if self.valid_BS is None:
+            stop = (self.rows + 1) * self.length
+            return torch.arange(0, stop, self.length, dtype=torch.int32, device=self.device)
+        return F.pad(self.valid_BS.sum(1).cumsum(0), (1, 0)).int()
 
     @property
     def blocks(self) -> tuple[Block, ...]:

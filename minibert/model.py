@@ -212,7 +212,7 @@ class BertWithHead(nn.Module):
                 ``hub.MODELS``.
             labels: label names, by id; default: those of config.json.
             num_labels: instead of ``labels``, how many nameless ones.
-            attn_implementation: "eager", "sdpa" or "auto"; see attention.py.
+            attn_implementation: "eager", "sdpa", "fused" or "auto"; see attention.py.
             dtype: of the parameters.
             device: where they go.
             seed: for what is drawn; None takes torch's generator as it stands.
@@ -221,7 +221,8 @@ class BertWithHead(nn.Module):
             The model in eval mode. ``load_report`` on it says what was unused and what is new.
 
         Raises:
-            MinibertError: a file that is missing, damaged or does not fit the others.
+            MinibertError: a file that is missing, damaged or does not fit the others; "fused"
+                where it cannot run.
             ValueError: arguments that contradict each other.
         """
         directory = hub.locate_model(name_or_dir)
@@ -233,7 +234,7 @@ class BertWithHead(nn.Module):
         if labels is not None:
             config = replace(config, labels=tuple(labels))
         device = torch.device(device)
-        choice = attention.choose(attn_implementation, device)
+        choice = attention.choose(attn_implementation, device, dtype, config.head_size)
         path = directory / weights.WEIGHTS
         tensors = weights.read(path)
         with torch.device("meta"):
@@ -316,8 +317,7 @@ class BertWithHead(nn.Module):
                     f"input_ids has shape {tuple(input_ids.shape)}: give (B, S), "
                     "or (N,) together with layout=Packed.from_lengths(...)"
                 )
-            rows, length = input_ids.shape
-            chosen: Layout = Padded.from_mask(rows, length, attention_mask)
+            chosen: Layout = Padded.from_mask(input_ids, attention_mask)
         else:
             if attention_mask is not None:
                 raise ValueError("a packed batch has no padding: attention_mask must be None")

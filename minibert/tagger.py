@@ -96,7 +96,7 @@ class Tagger:
 
         Args:
             directory: holds config.json, model.safetensors and tokenizer files.
-            attn_implementation: "eager", "sdpa" or "auto".
+            attn_implementation: "eager", "sdpa", "fused" or "auto".
             dtype: "fp32", "bf16", "fp16" or "auto", the fastest the hardware has.
             device: None takes a GPU if there is one.
             batch_tokens, pack, well_formed: as above.

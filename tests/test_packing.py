@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import BertConfig, BertForTokenClassification, Packed
+from minibert.attention import choose
+from minibert.kernels import FusedUnavailableError
 from minibert.layout import Padded
 from minibert.weights import names_of
 
@@ -156,10 +158,33 @@ def test_a_packed_layout_covers_every_token_once(lengths: list[int]) -> None:
 
 
 def test_a_mask_that_hides_nothing_is_no_mask() -> None:
-    assert Padded.from_mask(2, 3, torch.ones(2, 3)).valid_BS is None
-    assert Padded.from_mask(2, 3, None).valid_BS is None
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert Padded.from_mask(ids, torch.ones(2, 3)).valid_BS is None
+    assert Padded.from_mask(ids, None).valid_BS is None
     hidden = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert Padded.from_mask(2, 3, hidden).valid_BS.tolist() == hidden.bool().tolist()
+    assert Padded.from_mask(ids, hidden).valid_BS.tolist() == hidden.bool().tolist()
+
+
+def test_what_the_kernels_are_told_of_a_padded_batch() -> None:
+    ids = torch.zeros(3, 4, dtype=torch.long)
+    full = Padded.from_mask(ids, None)
+    assert full.starts.tolist() == [0, 4, 8, 12]
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    holed = Padded.from_mask(ids, mask)
+    assert holed.starts.tolist() == [0, 2, 2, 6]
+    assert holed.real_tokens.tolist() == [0, 2, 8, 9, 10, 11]
+    assert full.starts.dtype == holed.starts.dtype == torch.int32
+
+
+def test_fused_without_a_gpu_says_so() -> None:
+    ids = torch.ones(1, 4, dtype=torch.long)
+    net = BertForTokenClassification(CONFIG, "fused")
+    with pytest.raises(FusedUnavailableError, match="needs a CUDA device, not cpu: use attn_impl"):
+        net(ids)
+    choice = choose("auto", torch.device("cpu"), torch.float32, 32)
+    assert choice == ("sdpa", "fused attention needs a CUDA device, not cpu")
+    with pytest.raises(FusedUnavailableError):
+        choose("fused", torch.device("cpu"), torch.float16, 64)
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 0]])

@@ -224,6 +224,10 @@ def test_evaluate_prints_table_and_json(directory: Path, capsys, tmp_path: Path)
     [
         (("tag", "nowhere", "hello"), "nowhere: no such directory"),
         (("tag", "{dir}", "hello", "--device", "warp"), "device 'warp'"),
+        (
+            ("tag", "{dir}", "hello", "--device", "cpu", "--attn", "fused"),
+            "fused attention needs a CUDA device, not cpu: use attn_implementation='sdpa'",
+        ),
         (("evaluate", "{dir}", "nowhere.bio"), "nowhere.bio: cannot be read"),
         (("evaluate", "{dir}", "{dir}"), "cannot be read (Is a directory)"),
         (("evaluate", "{dir}", "{tmp}/one.bio"), "one.bio:1: 'alone' has one column"),
@@ -264,7 +268,14 @@ def test_verify_says_fail_for_other_weights(directory: Path, minilm: Path, capsy
 def test_info_says_what_auto_takes(capsys) -> None:
     status, out, _ = run(capsys, "info")
     assert status == 0
-    for word in ("auto dtype", "auto attn", "torch", "cpu dtype", "eager, sdpa"):
+    for word in (
+        "auto dtype",
+        "auto attn",
+        "torch",
+        "cpu dtype",
+        "eager, sdpa, fused",
+        "fused fp16",
+    ):
         assert word in out
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minibert.files import MinibertError
 from minibert.kernels import build
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
@@ -29,7 +30,7 @@ class Rung(NamedTuple):
     reason: str  # one sentence
 
 
-class FusedUnavailableError(RuntimeError):
+class FusedUnavailableError(MinibertError):
     """No fused attention for this device and dtype; the message names the alternatives."""
 
 
