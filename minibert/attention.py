@@ -52,9 +52,8 @@ def eager(
         if block.valid_BS is not None:
             # The lowest finite value and not -inf: a row in which everything is hidden then
             # becomes uniform attention instead of NaN.
-            hidden = torch.finfo(scores_BHSS.dtype).min
-            mask_BS = torch.zeros_like(block.valid_BS, dtype=scores_BHSS.dtype)
-            mask_BS = mask_BS.masked_fill(~block.valid_BS, hidden)
+            mask_BS = torch.zeros_like(block.valid_BS, dtype=block.dtype)
+            mask_BS = mask_BS.masked_fill(~block.valid_BS, torch.finfo(block.dtype).min)
             scores_BHSS = scores_BHSS + mask_BS[:, None, None, :]
         probs_BHSS = F.dropout(F.softmax(scores_BHSS, dim=-1), dropout_p)
         contexts.append(_flat(torch.matmul(probs_BHSS, v_BHSK)))

@@ -34,6 +34,7 @@ class Block(NamedTuple):
     rows: int
     length: int
     valid_BS: Tensor | None = None  # (rows, length) bool; None when every position is a real token
+    dtype: torch.dtype = torch.float32  # of the hidden states, and so of an additive mask
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,23 @@ class Padded:
         length: S.
         valid_BS: (B, S) bool, True at real tokens; None when all are. Build with ``from_mask``.
         device: where the batch is.
+        dtype: of the hidden states. Under autocast not that of the scores: a mask of this dtype
+            then widens them before the softmax, as it does in transformers.
     """
 
     rows: int
     length: int
     valid_BS: Tensor | None = None
     device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def from_mask(cls, input_ids: Tensor, attention_mask: Tensor | None) -> Padded:
+    def from_mask(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Padded:
         """Layout of padded ``input_ids`` (B, S); the mask, like it, is nonzero at real tokens.
 
         A mask that hides nothing becomes None: the reference does the same, and attention without
@@ -64,14 +73,15 @@ class Padded:
         """
         rows, length = input_ids.shape
         if attention_mask is None:
-            return cls(rows, length, None, input_ids.device)
+            return cls(rows, length, None, input_ids.device, dtype)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, "
                 f"but input_ids has {(rows, length)}: they must be equal"
             )
         valid_BS = attention_mask != 0
-        return cls(rows, length, None if bool(valid_BS.all()) else valid_BS, input_ids.device)
+        hides = not bool(valid_BS.all())
+        return cls(rows, length, valid_BS if hides else None, input_ids.device, dtype)
 
     @property
     def max_length(self) -> int:
@@ -95,7 +105,7 @@ class Padded:
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The whole batch as one block."""
-        return (Block(self.rows, self.length, self.valid_BS),)
+        return (Block(self.rows, self.length, self.valid_BS, self.dtype),)
 
     def spread_positions(self, table_PD: Tensor) -> Tensor:
         """Rows of the position table for every token: (N, D).

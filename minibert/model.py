@@ -317,7 +317,8 @@ class BertWithHead(nn.Module):
                     f"input_ids has shape {tuple(input_ids.shape)}: give (B, S), "
                     "or (N,) together with layout=Packed.from_lengths(...)"
                 )
-            chosen: Layout = Padded.from_mask(input_ids, attention_mask)
+            dtype = self.bert.embeddings.norm.weight.dtype
+            chosen: Layout = Padded.from_mask(input_ids, attention_mask, dtype)
         else:
             if attention_mask is not None:
                 raise ValueError("a packed batch has no padding: attention_mask must be None")

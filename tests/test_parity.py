@@ -118,6 +118,20 @@ def test_odd_shapes(shape: str, attn: str, dtype: torch.dtype, train: bool) -> N
             assert_same_step(theirs, ours, inputs, train)
 
 
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("shape", ["K32", "K48"])
+def test_autocast(shape: str, attn: str) -> None:
+    """Training in bf16 autocast, which keeps float32 weights: the same casts in the same places."""
+    torch.manual_seed(0)
+    config = SHAPES[shape]
+    theirs = reference(config, attn, torch.float32)
+    ours = ours_like(theirs, config, attn, torch.float32)
+    for mask in ("none", "right", "dead row"):
+        for train in (False, True):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_same_step(theirs, ours, batch(config, 3, 33, mask, True), train)
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
