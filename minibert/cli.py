@@ -101,8 +101,15 @@ def _tagger(options: argparse.Namespace):
 
 
 def _tag(options: argparse.Namespace) -> int:
+    given = " ".join(options.text)
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MinibertError(
+            f"argument: character {error.start + 1} is not UTF-8: convert the text first"
+        ) from None
     tagger = _tagger(options)
-    texts = [" ".join(options.text)] if options.text else _lines()
+    texts = [given] if options.text else _lines()
     kept: list[str] = []  # texts that are on their way through the tagger, in order
 
     def remembering() -> Iterator[str]:

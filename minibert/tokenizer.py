@@ -95,7 +95,9 @@ class Tokenizer:
         """
         result = []
         encodings = self.backend.encode_batch(
-            [list(words) for words in sentences], is_pretokenized=True, add_special_tokens=False
+            [[_encodable(word) for word in words] for words in sentences],
+            is_pretokenized=True,
+            add_special_tokens=False,
         )
         for words, encoding in zip(sentences, encodings):
             pieces: list[list[int]] = [[] for _ in words]
@@ -108,6 +110,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a running text, with [CLS] and [SEP]."""
         return self.backend.encode(text).ids
+
+
+def _encodable(word: str) -> str:
+    """The word with lone surrogates, which are no text and which the backend refuses, replaced."""
+    return word.encode("utf-8", "replace").decode("utf-8")
 
 
 class Window(NamedTuple):

@@ -114,6 +114,24 @@ def test_what_a_call_takes(tagger: Tagger) -> None:
     assert tagger(["", "two words"])[0] == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x00",
+        "\ud800 jaws",
+        "\u202eswaj",
+        "e\u0301" * 300,
+        "👨‍👩‍👧 jaws",
+        "a" * 5000,
+        "\u200b " * 40,
+    ],
+    ids=["nul", "surrogate", "right to left", "combining", "emoji", "one word", "zero width"],
+)
+def test_strange_text_is_tagged_in_place(tagger: Tagger, text: str) -> None:
+    for entity in tagger(text):
+        assert text[entity.start : entity.stop] == entity.text
+
+
 @given(st.text(max_size=80))
 def test_spans_slice_back_to_words(text: str) -> None:
     words = split(text)
@@ -228,6 +246,7 @@ def test_evaluate_prints_table_and_json(directory: Path, capsys, tmp_path: Path)
             ("tag", "{dir}", "hello", "--device", "cpu", "--attn", "fused"),
             "fused attention needs a CUDA device, not cpu: use attn_implementation='sdpa'",
         ),
+        (("tag", "{dir}", "caf\udce9"), "argument: character 4 is not UTF-8"),
         (("evaluate", "{dir}", "nowhere.bio"), "nowhere.bio: cannot be read"),
         (("evaluate", "{dir}", "{dir}"), "cannot be read (Is a directory)"),
         (("evaluate", "{dir}", "{tmp}/one.bio"), "one.bio:1: 'alone' has one column"),
