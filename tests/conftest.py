@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,9 @@ from minibert import hub
 from minibert.files import MinibertError
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+# The same examples in every run, and no time limit on one: a busy machine is not a fault.
+hypothesis.settings.register_profile("minibert", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("minibert")
 
 
 @pytest.fixture(scope="session")
