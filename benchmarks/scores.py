@@ -5,6 +5,8 @@ make scores
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import tempfile
 from pathlib import Path
