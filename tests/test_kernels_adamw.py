@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import emulator
@@ -202,6 +203,15 @@ def test_chunks_are_cut_anew_only_when_other_tensors_have_gradients() -> None:
     gradients[4] = None
     machine.step(gradients, 1e-2)
     assert len(machine.chunks) == len(chunks) - 2
+
+
+def test_gradients_are_not_held_beyond_the_step() -> None:
+    machine = sweep("torch")
+    gradients: list[Tensor | None] = [torch.randn(shape) for shape in SHAPES]
+    watched = [weakref.ref(gradient) for gradient in gradients]
+    machine.step(gradients, 1e-2)
+    gradients.clear()
+    assert not any(reference() is not None for reference in watched)
 
 
 def test_what_the_kernel_cannot_read_is_refused() -> None:

@@ -113,9 +113,12 @@ class Sweep:
             x.data_ptr() for x in (self.table, self.sizes, self.rates, self.chunks, scalars)
         ]
         packed += [ctypes.c_float(x) for x in (lr, 1 - beta1, beta2, 1 - beta2, self.eps)]
-        self.scalars, self.gradients = scalars, present  # alive until the next step
+        self.scalars, self.gradients = scalars, present  # for a launch that looks at them
         defines = {"SEMANTICS": SEMANTICS[self.semantics]}
         self.launch(self, Launch(defines, self.chunks.shape[0], packed))
+        # The allocator gives their memory to nothing that runs before the kernel on this stream;
+        # held any longer, the gradients would stand beside those of the next backward pass.
+        del self.scalars, self.gradients
         return norm
 
     def _locate(self, gradients: Sequence[Tensor | None]) -> None:
