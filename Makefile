@@ -34,10 +34,10 @@ test-slow: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m pytest -m slow
 
 # Need a CUDA device; without one they say so.
-gpu-test: $(SETUP)
+gpu-test: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m pytest -m gpu
 
-gpu-bench: $(SETUP)
+gpu-bench: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m benchmarks.gpu_bench
 
 check: $(SETUP)

@@ -30,14 +30,7 @@ from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
 from minibert.machine import DTYPES, choose_device, choose_dtype, name_of
 from minibert.model import BertForTokenClassification
-from minibert.optim import (
-    SEMANTICS,
-    AdamW,
-    LossScaler,
-    bert_groups,
-    clip_grad_norm,
-    linear_schedule,
-)
+from minibert.optim import SEMANTICS, LossScaler, bert_groups, choose_adamw, linear_schedule
 from minibert.tagger import Tagger
 from minibert.tokenizer import Tokenizer
 
@@ -141,8 +134,10 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
     lengths = [len(example.ids) for example in examples]
 
     # Optimiser and schedule: the learning rate is a pure function of the step.
-    optimizer = AdamW(bert_groups(model, recipe.weight_decay), recipe.optimizer, eps=recipe.eps)
-    parameters = list(model.parameters())
+    optimizer, reason = choose_adamw(
+        bert_groups(model, recipe.weight_decay), recipe.optimizer, recipe.eps
+    )
+    print(f"attention {model.attn_implementation}, AdamW {reason}")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = LossScaler() if dtype == torch.float16 else None
     batches_per_epoch = math.ceil(len(examples) / recipe.batch_size)
@@ -172,9 +167,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
                 (share * scaler.scale if scaler else share).backward()
                 loss += share.detach()
             lr = recipe.lr * linear_schedule(step, total_steps, warmup_steps)
-            if scaler is None or scaler.unscale(parameters):
-                clip_grad_norm(parameters, recipe.clip)
-                optimizer.step(lr)
+            optimizer.clipped_step(lr, recipe.clip, scaler)
             optimizer.zero_grad()
             step += 1
 

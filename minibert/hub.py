@@ -117,6 +117,15 @@ def locate_model(name_or_dir: str | Path) -> Path:
     return _locate(MODELS[name], "weights", name)
 
 
+def find_model(name: str) -> Path | None:
+    """The directory of a checkpoint of ``MODELS`` if it is on this machine; nothing is downloaded.
+
+    Raises:
+        MinibertError: a file that is not what it must be.
+    """
+    return _find(MODELS[name], "weights", name)
+
+
 def locate_corpus(name: str) -> Path:
     """The directory of a corpus by name, downloaded first if it is not there.
 
@@ -129,12 +138,16 @@ def locate_corpus(name: str) -> Path:
 
 
 def _locate(source: Source, kind: str, name: str) -> Path:
+    return _find(source, kind, name) or download(source, default_folder(kind, name))
+
+
+def _find(source: Source, kind: str, name: str) -> Path | None:
     for folder in (_checkout() / kind / name, home() / kind / name):
         if all((folder / pin.name).is_file() for pin in source.files):
             for pin in source.files:
                 _check(folder / pin.name, pin)
             return folder
-    return download(source, default_folder(kind, name))
+    return None
 
 
 def default_folder(kind: str, name: str) -> Path:

@@ -11,6 +11,9 @@ They are all called AdamW and differ in four places; over a fine-tuning that is 
 "torch" is ``torch.optim.AdamW`` (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2), bit for
 bit; "transformers" the AdamW that library shipped until version 5; "google" the optimiser of
 google-research/bert (``optimization.py``), which pretrained the weights.
+
+``AdamW`` is the reference and runs anywhere; ``OnePassAdamW`` does the same in one pass over memory
+on CUDA. ``choose_adamw`` decides, and says why.
 """
 
 from __future__ import annotations
@@ -18,9 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from minibert.kernels import adamw
 
 SEMANTICS = {"torch": 1e-8, "transformers": 1e-6, "google": 1e-6}  # name: its default eps
 
@@ -51,13 +59,19 @@ class Group:
 
 
 def bert_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Decay on matrices and embeddings, none on biases and LayerNorms: the BERT custom."""
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        spare = name.endswith("bias") or "norm." in name
-        (spared if spare else decayed).append(parameter)
-    return [Group(decayed, weight_decay), Group(spared)]
+    """Decay on matrices and embeddings, none on biases and LayerNorms: the BERT custom.
+
+    A group is a run of neighbours, so that all groups together list the parameters in the order of
+    the model, in which clipping adds up their norms.
+    """
+
+    def is_spared(named: tuple[str, nn.Parameter]) -> bool:
+        return named[0].endswith("bias") or "norm." in named[0]
+
+    return [
+        Group([parameter for _, parameter in run], 0.0 if spared else weight_decay)
+        for spared, run in groupby(model.named_parameters(), is_spared)
+    ]
 
 
 class AdamW:
@@ -91,9 +105,15 @@ class AdamW:
         self.steps = 0
         self.first = [torch.zeros_like(p) for p in self.parameters()]
         self.second = [torch.zeros_like(p) for p in self.parameters()]
-        # One buffer for every intermediate: allocating it anew for each parameter costs more
-        # time than the arithmetic, most of it in page faults.
-        self.scratch = max((torch.empty_like(p).view(-1) for p in self.parameters()), key=len)
+
+    @cached_property
+    def scratch(self) -> Tensor:
+        """One buffer for every intermediate.
+
+        Allocating it anew for each parameter costs more time than the arithmetic, most of it in
+        page faults.
+        """
+        return max((torch.empty_like(p).view(-1) for p in self.parameters()), key=len)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every trained parameter, in the order of the moments ``first`` and ``second``."""
@@ -104,6 +124,21 @@ class AdamW:
         """Forget the gradients."""
         for parameter in self.parameters():
             parameter.grad = None
+
+    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> None:
+        """Unscale the gradients, clip them, update: what follows the backward pass.
+
+        Args:
+            lr: learning rate.
+            max_norm: bound on the joint 2-norm of the gradients.
+            scaler: what the loss was scaled by, if it was. Where a gradient overflowed it halves
+                its scale, and the parameters stay as they are.
+
+        The gradients are spent afterwards: scaled or not, depending on who computes.
+        """
+        if scaler is None or scaler.unscale(self.parameters()):
+            clip_grad_norm(self.parameters(), max_norm)
+            self.step(lr)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -145,6 +180,69 @@ class AdamW:
                 parameter.add_(parameter, alpha=-lr * decay)
 
 
+class OnePassAdamW(AdamW):
+    """The same on CUDA: unscaling, clipping and update by one kernel, each number read once.
+
+    Arguments as for ``AdamW``. Equal to it but for rounding; the sums of the norm are torch's.
+
+    Raises:
+        ValueError: also for a parameter that is not contiguous float32.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        semantics: str = "torch",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+    ):
+        super().__init__(groups, semantics, betas, eps)
+        self.sweep = adamw.Sweep(
+            [p.detach() for p in self.parameters()],
+            self.first,
+            self.second,
+            [group.lr_factor for group in self.groups for _ in group.parameters],
+            [group.weight_decay for group in self.groups for _ in group.parameters],
+            semantics,
+            betas,
+            self.eps,
+        )
+
+    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> None:
+        """As the plain one; with a scaler it waits for the GPU, to hear of an overflow."""
+        scale = None if scaler is None else torch.tensor(scaler.scale)
+        norm = self.sweep.step([p.grad for p in self.parameters()], lr, max_norm, scale)
+        if scaler is None or scaler.record(math.isfinite(norm)):
+            self.steps += 1
+
+    def step(self, lr: float) -> None:
+        """One update without clipping."""
+        self.sweep.step([p.grad for p in self.parameters()], lr)
+        self.steps += 1
+
+
+class Choice(NamedTuple):
+    """An optimiser and why it was taken."""
+
+    optimizer: AdamW
+    reason: str
+
+
+def choose_adamw(groups: Sequence[Group], semantics: str, eps: float | None = None) -> Choice:
+    """One pass where the parameters are on a GPU that can run it, else one operation at a time.
+
+    Arguments as for ``AdamW``.
+    """
+    device = next(p.device for group in groups for p in group.parameters)
+    if device.type != "cuda":
+        return Choice(AdamW(groups, semantics, eps=eps), f"in torch's operations on {device.type}")
+    if obstacle := adamw.obstacle(device, semantics):
+        reason = f"in torch's operations: the one-pass kernel cannot run: {obstacle}"
+        return Choice(AdamW(groups, semantics, eps=eps), reason)
+    reason = "with clipping and unscaling in one pass, by the CUDA kernel"
+    return Choice(OnePassAdamW(groups, semantics, eps=eps), reason)
+
+
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients so that their joint 2-norm is at most ``max_norm``.
@@ -181,7 +279,12 @@ class LossScaler:
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
             gradient.mul_(1.0 / self.scale)
-        finite = math.isfinite(float(sum(gradient.abs().max() for gradient in gradients)))
+        return self.record(
+            math.isfinite(float(sum(gradient.abs().max() for gradient in gradients)))
+        )
+
+    def record(self, finite: bool) -> bool:
+        """Adapt the scale to a step whose gradients were finite or not; gives ``finite`` back."""
         if not finite:
             self.scale /= 2
             self.good_steps = 0

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
 import emulator
 import pytest
 import torch
 from cuda.core._kernel_arg_handler import ParamHolder
-from torch import Tensor
+from torch import Tensor, nn
 
-from minibert.kernels import adamw, build
+from minibert import optim
+from minibert.kernels import adamw, build, launch
 
 SHAPES = [(3,), (70, 64), (adamw.CHUNK,), (adamw.CHUNK + 1,), (2, adamw.CHUNK), ()]
 FACTORS = [1.0, 0.5, 1.0, 1.0, 2.0, 1.0]
@@ -130,6 +134,84 @@ def test_an_overflow_skips_the_step_and_is_not_counted() -> None:
     assert not torch.isfinite(norm)
     assert all(torch.equal(x, y) for x, y in zip(machine.parameters, before))
     assert machine.steps == 0
+
+
+@pytest.mark.parametrize("semantics", ["torch", "transformers", "google"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_one_pass_follows_the_plain_optimizer(
+    semantics: str, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same gradients to both, an overflow and one that is missing among them."""
+    monkeypatch.setattr(adamw, "launch_on_gpu", emulated)
+    shapes = [(70, 8), (3,), (adamw.CHUNK + 1,)]
+    runs, steps, lr = [], 5, 1e-2
+    for kind in (optim.AdamW, optim.OnePassAdamW):
+        draw = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+        groups = [optim.Group(parameters[:1], 0.1), optim.Group(parameters[1:], 0.0, 0.5)]
+        optimizer = kind(groups, semantics)
+        scaler = optim.LossScaler(1024.0, patience=2) if scaled else None
+        for step in range(steps):
+            for parameter in parameters:
+                gradient = torch.randn(parameter.shape, generator=draw)
+                parameter.grad = gradient * (scaler.scale if scaler else 1.0)
+            if step == 1:
+                parameters[1].grad = None
+            if step == 3 and scaled:
+                parameters[2].grad[5] = float("inf")
+            optimizer.clipped_step(lr, 1.0, scaler)
+            optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in parameters)
+        optimizer_steps = steps - 1 if scaled else steps
+        assert optimizer.steps == optimizer_steps
+        if scaler:
+            assert (scaler.scale, scaler.good_steps) == (1024.0, 1)  # up, down, one on the way up
+        runs.append(parameters)
+    plain, one_pass = runs
+    close([p.detach() for p in one_pass], [p.detach().double() for p in plain], lr, 2 * steps)
+
+
+def test_the_gpu_chooses_one_pass_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "OnePassAdamW", lambda *_, eps: "one pass")
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_75")
+    here = [optim.Group([nn.Parameter(torch.zeros(3))])]
+    chosen = optim.choose_adamw(here, "torch")
+    assert type(chosen.optimizer) is optim.AdamW
+    assert chosen.reason == "in torch's operations on cpu"
+
+    monkeypatch.setattr(optim, "AdamW", lambda *_, eps: "plain")
+    there = [optim.Group([SimpleNamespace(device=torch.device("cuda"))])]
+    assert optim.choose_adamw(there, "google").optimizer == "one pass"
+
+    def cubin(*_) -> bytes:
+        raise build.BuildError("no compiler")
+
+    monkeypatch.setattr(build, "cubin", cubin)
+    chosen = optim.choose_adamw(there, "google")
+    assert chosen.optimizer == "plain"
+    assert chosen.reason.endswith("the one-pass kernel cannot run: no compiler")
+
+
+def test_chunks_are_cut_anew_only_when_other_tensors_have_gradients() -> None:
+    machine = sweep("torch")
+    gradients: list[Tensor | None] = [torch.randn(shape) for shape in SHAPES]
+    machine.step(gradients, 1e-2)
+    chunks, table = machine.chunks, machine.table
+    machine.step([g.clone() for g in gradients], 1e-2)
+    assert machine.chunks is chunks
+    assert machine.table is not table
+    gradients[4] = None
+    machine.step(gradients, 1e-2)
+    assert len(machine.chunks) == len(chunks) - 2
+
+
+def test_gradients_are_not_held_beyond_the_step() -> None:
+    machine = sweep("torch")
+    gradients: list[Tensor | None] = [torch.randn(shape) for shape in SHAPES]
+    watched = [weakref.ref(gradient) for gradient in gradients]
+    machine.step(gradients, 1e-2)
+    gradients.clear()
+    assert not any(reference() is not None for reference in watched)
 
 
 def test_what_the_kernel_cannot_read_is_refused() -> None:

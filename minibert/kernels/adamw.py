@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minibert.kernels import build
+
 SEMANTICS = {"torch": 0, "transformers": 1, "google": 2}
 CHUNK = 4096  # as in adamw.cu
 THREADS = 256
@@ -63,11 +65,13 @@ class Sweep:
         self.semantics, self.betas, self.eps = semantics, betas, eps
         self.launch = launch or launch_on_gpu
         self.device = parameters[0].device
-        self.rates = torch.tensor(list(zip(lr_factors, weight_decays)), device=self.device)
+        rates = list(zip(lr_factors, weight_decays))
+        self.rates = torch.tensor(rates, dtype=torch.float32, device=self.device)
         sizes = [parameter.numel() for parameter in parameters]
         self.sizes = torch.tensor(sizes, dtype=torch.int32, device=self.device)
         self.chunk_counts = [-(-size // CHUNK) for size in sizes]
         self.addresses: list[tuple[int, ...]] = []
+        self.present: list[bool] = []
         # On the device, because whether a step is skipped is known only there.
         self.steps = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -109,26 +113,46 @@ class Sweep:
             x.data_ptr() for x in (self.table, self.sizes, self.rates, self.chunks, scalars)
         ]
         packed += [ctypes.c_float(x) for x in (lr, 1 - beta1, beta2, 1 - beta2, self.eps)]
-        self.scalars, self.gradients = scalars, present  # alive until the next step
+        self.scalars, self.gradients = scalars, present  # for a launch that looks at them
         defines = {"SEMANTICS": SEMANTICS[self.semantics]}
         self.launch(self, Launch(defines, self.chunks.shape[0], packed))
+        # The allocator gives their memory to nothing that runs before the kernel on this stream;
+        # held any longer, the gradients would stand beside those of the next backward pass.
+        del self.scalars, self.gradients
         return norm
 
     def _locate(self, gradients: Sequence[Tensor | None]) -> None:
-        """The tables of addresses and chunks; made anew only if a gradient has moved."""
+        """The tables of addresses and chunks.
+
+        Gradients move, most steps: the short table of addresses is made anew if one did. The chunks
+        of BERT-base are 26 thousand, and depend only on which tensors have a gradient.
+        """
         rows = zip(self.parameters, gradients, self.first, self.second)
         addresses = [tuple(0 if x is None else x.data_ptr() for x in row) for row in rows]
-        if addresses == self.addresses:
-            return
-        self.addresses = addresses
-        self.table = torch.tensor(addresses, dtype=torch.int64).to(self.device)
-        chunks = [
-            (tensor, chunk)
-            for tensor, count in enumerate(self.chunk_counts)
-            if addresses[tensor][1]
-            for chunk in range(count)
-        ]
-        self.chunks = torch.tensor(chunks, dtype=torch.int32).to(self.device)
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self.table = torch.tensor(addresses, dtype=torch.int64).to(self.device)
+        present = [gradient is not None for gradient in gradients]
+        if present != self.present:
+            self.present = present
+            chunks = [
+                (tensor, chunk)
+                for tensor, count in enumerate(self.chunk_counts)
+                if present[tensor]
+                for chunk in range(count)
+            ]
+            self.chunks = torch.tensor(chunks, dtype=torch.int32).to(self.device)
+
+
+def obstacle(device: torch.device, semantics: str) -> str | None:
+    """Why the kernel cannot run on this CUDA device, or None; compiles it if need be."""
+    from minibert.kernels import launch
+
+    try:
+        launch.load("adamw.cu", launch.architecture(device), {"SEMANTICS": SEMANTICS[semantics]})
+    except build.BuildError as error:
+        return str(error)
+    return None
 
 
 def launch_on_gpu(sweep: Sweep, step: Launch) -> None:

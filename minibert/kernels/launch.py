@@ -27,10 +27,20 @@ def architecture(device: torch.device) -> str:
 
 
 def load(file: str, arch: str, defines: dict[str, int]):
-    """A variant of a source as cuda-core's ``ObjectCode``."""
-    from cuda.core import ObjectCode
+    """A variant of a source as cuda-core's ``ObjectCode``.
 
-    return ObjectCode.from_cubin(build.cubin(file, arch, defines))
+    Raises:
+        BuildError: it has to be compiled, and cannot be; or cuda-core is missing.
+    """
+    code = build.cubin(file, arch, defines)
+    try:
+        from cuda.core import ObjectCode
+    except ImportError as error:  # compiled in better days
+        raise build.BuildError(
+            f"the CUDA kernels are launched by cuda-core, which cannot be imported ({error}): "
+            "pip install 'minibert[cuda]'"
+        ) from error
+    return ObjectCode.from_cubin(code)
 
 
 @lru_cache

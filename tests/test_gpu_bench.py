@@ -1,0 +1,102 @@
+"""The GPU benchmark's rehearsal: the same code on a CPU, on next to nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_bench, gpu_models, runs, timing
+from minibert import BertConfig, BertForTokenClassification
+from minibert.data import Example
+from minibert.files import MinibertError
+
+
+def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(*_) -> None:
+        raise AssertionError("a rehearsal leaves nothing among the results")
+
+    monkeypatch.setattr(runs, "keep", keep)
+    gpu_bench.main(["--tiny"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["rehearsal"] is True
+    assert all(value > 0 for value in result["ceiling"].values())
+
+    attention = result["attention"]
+    assert {row["path"] for row in attention} >= {"own kernels", "sdpa efficient, padded"}
+    for row in attention:
+        assert ("not_available" in row) != ("both_tflops" in row)
+    ran = [row for row in attention if "both_ms" in row]
+    assert ran, "a CPU has SDPA's flash path"
+    for row in ran:
+        operations = row["forward_tflops"] * row["forward_ms"]
+        assert row["both_tflops"] * row["both_ms"] == pytest.approx(3.5 * operations)
+
+    models = result["models"]
+    assert models["weights"].startswith("random (seed 0), 1 layers of 32")
+    assert models["minibert_attention"] == "sdpa: asked for"
+    rows = models["rows"]
+    sides = ["minibert sdpa, packed", "transformers sdpa, padded"]
+    assert [row["model"] for row in rows] == 3 * sides
+    for row in rows:
+        what = "train" if "training" in row["batch"] else "infer"
+        assert len(row["all_ms"]) == 2
+        speed = 1000 * row["tokens"] / (row[f"{what}_ms_a_batch"] * row["batches"])
+        assert row[f"{what}_tokens_s"] == pytest.approx(speed)
+        if what == "infer":
+            # The same weights and the same tokens on both sides, in float32.
+            assert row["logits_apart"] < 1e-6
+        else:
+            assert "AdamW" in row["adamw"] or row["adamw"] == "in torch's operations on cpu"
+            assert row["last_losses"] < row["first_loss"] < 2 * math.log(25)
+
+
+def test_a_checkpoint_is_taken_where_there_is_one(minilm: Path) -> None:
+    plan = gpu_bench.tiny()._replace(checkpoint="minilm")
+    ours, tokenizer, origin = gpu_models.checkpoint(plan, ("O", "B-TITLE", "I-TITLE"))
+    assert origin == "minilm, new classifier"
+    theirs = gpu_models.like(ours).eval()
+    ids = torch.tensor([[tokenizer.cls_id, 2040, 2856, tokenizer.sep_id]])
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(MinibertError, match="no CUDA device here, nothing is measured"):
+        gpu_bench.main([])
+
+
+def test_what_the_notebook_compares_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    plan = gpu_bench.full()
+    assert plan.lengths["128"] == 32 * [128]
+    assert (plan.corpus, plan.attn, plan.dtype) == ("mit_movie", "fused", torch.float16)
+
+
+def test_the_floor_of_bert_base() -> None:
+    """169.9 MFLOP a token in the linear layers; 24 batches of one sentence of one token."""
+    with torch.device("meta"):
+        model = BertForTokenClassification(BertConfig(labels=("O",)))
+    examples = [[Example((1,), (0,), 0, 0)]] * 24
+    ceiling = gpu_models.Ceiling(product_tflops=1.0, copy_gb_s=1000.0)
+    floor = gpu_models.floor_of(model, ceiling, examples, training=False)
+    assert floor["products_ms"] == pytest.approx(24 * 0.1699, rel=1e-3)
+    assert floor["bytes_ms"] == pytest.approx(24 * 0.1699, rel=1e-3)
+    trained = gpu_models.floor_of(model, ceiling, examples, training=True)
+    assert trained["products_ms"] == pytest.approx(3 * floor["products_ms"])
+    parameters = sum(p.numel() for p in model.parameters())
+    linear = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 768
+    assert trained["bytes_ms"] == pytest.approx(24 * (10 * linear + 36 * parameters) / 1e9)
+
+
+def test_things_are_timed_by_turns() -> None:
+    order: list[str] = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = timing.interleaved(steps, 3, torch.device("cpu"), warm_up=1)
+    assert "".join(order) == "abababab"
+    assert {name: len(all_ms) for name, all_ms in times.items()} == {"a": 3, "b": 3}
