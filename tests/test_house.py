@@ -26,7 +26,7 @@ FLOORS = (
     },
     {"attention", "data"},
     {"model", "democorpus"},
-    {"tagger", "verify", "info"},
+    {"tagger", "verify", "info", "tracing"},
     {"evaluation"},
     {"cli"},
 )
