@@ -11,7 +11,7 @@ PACKAGE = ROOT / "minibert"
 
 # From the ground up. A module imports from floors below its own, or beside it on the ground.
 FLOORS = (
-    {"files", "layout"},
+    {"files", "layout", "numerics"},
     {
         "config",
         "curve",
@@ -23,11 +23,12 @@ FLOORS = (
         "hub",
         "weights",
         "kernels",
+        "verdict",
     },
     {"attention", "data"},
     {"model", "democorpus"},
-    {"tagger", "verify", "info", "tracing"},
-    {"evaluation"},
+    {"tagger", "verify", "info", "tracing", "reference"},
+    {"evaluation", "parity"},
     {"cli"},
 )
 FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
