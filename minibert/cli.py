@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     shown = parity.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON")
     shown.add_argument("--full", action="store_true", help="every tensor, not the worst ones")
+    parity.add_argument(
+        "--html", metavar="FILE", type=Path, help="also write a page with the error by layer"
+    )
     parity.set_defaults(run=_parity)
 
     info = commands.add_parser("info", help="what this machine has and what auto takes")
@@ -204,12 +207,15 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _parity(options: argparse.Namespace) -> int:
+    from minibert.files import write_text
     from minibert.parity import TEXTS, compare
+    from minibert.paritypage import page
     from minibert.verdict import table, to_dict
 
-    comparisons = compare(
-        options.directory, options.text or TEXTS, options.attn, options.dtype, options.layouts
-    )
+    texts = options.text or TEXTS
+    comparisons = compare(options.directory, texts, options.attn, options.dtype, options.layouts)
+    if options.html is not None:
+        write_text(options.html, page(options.directory, texts, comparisons))
     kept = all(comparison.kept for comparison in comparisons)
     if options.json:
         found = [to_dict(comparison) for comparison in comparisons]

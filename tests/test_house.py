@@ -27,7 +27,7 @@ FLOORS = (
     },
     {"attention", "data"},
     {"model", "democorpus"},
-    {"tagger", "verify", "info", "tracing", "reference"},
+    {"tagger", "verify", "info", "tracing", "reference", "paritypage"},
     {"evaluation", "parity"},
     {"cli"},
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from types import MethodType
 
@@ -23,9 +25,10 @@ from minibert.files import MinibertError
 from minibert.model import Embeddings
 from minibert.parity import TEXTS as TEXTS_OF_ITS_OWN
 from minibert.parity import compare
+from minibert.paritypage import picture
 from minibert.tokenizer import Tokenizer
 from minibert.tracing import names
-from minibert.verdict import OPERATIONS, table
+from minibert.verdict import OPERATIONS, Comparison, Row, table
 
 CONFIG = BertConfig(
     vocab_size=60,
@@ -238,12 +241,12 @@ def test_another_optimiser_shows_in_the_step(tiny: Path, monkeypatch) -> None:
 
 
 def test_the_command(tiny: Path, capsys, monkeypatch) -> None:
-    chosen = ["parity", str(tiny), *TEXTS, "--attn", "eager", "--dtype", "fp32", "bf16"]
+    chosen = ["parity", str(tiny), *TEXTS, "--attn", "eager", "--dtype", "fp32"]
     assert main([*chosen, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kept"] is True
     assert [(c["dtype"], c["layout"], c["kept"]) for c in found["comparisons"]] == [
-        (dtype, layout, True) for dtype in ("fp32", "bf16") for layout in ("padded", "packed")
+        ("fp32", layout, True) for layout in ("padded", "packed")
     ]
     row = found["comparisons"][0]["rows"][0]
     assert row["name"] == row["operation"] == "embeddings.sum"
@@ -251,7 +254,7 @@ def test_the_command(tiny: Path, capsys, monkeypatch) -> None:
     assert main([*chosen, "--padded"]) == 0
     short = capsys.readouterr().out
     assert short.endswith("PASS\n")
-    assert short.count("no difference to transformers") == 2
+    assert short.count("no difference to transformers") == 1
     assert main([*chosen, "--packed", "--full"]) == 0
     full = capsys.readouterr().out
     assert "padded" not in full
@@ -262,6 +265,72 @@ def test_the_command(tiny: Path, capsys, monkeypatch) -> None:
     assert main([*chosen, "--padded", "--json"]) == 1
     broken = json.loads(capsys.readouterr().out)["comparisons"][0]
     assert broken["first_broken"] == broken["first_difference"] == "layers.1.post_gelu"
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: tags that close, texts, and addresses."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        self.addresses += [value for key, value in attributes if key in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_draws_every_intermediate_and_escapes_text(
+    tiny: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    hostile = "<script>a</script>"
+    plant(monkeypatch, tanh_gelu)
+    file = tmp_path / "page.html"
+    chosen = ["--attn", "sdpa", "--dtype", "fp32", "--packed", "--html", str(file)]
+    assert main(["parity", str(tiny), hostile, "b", *chosen]) == 1
+    assert "first broken: layers.1.post_gelu" in capsys.readouterr().out
+    text = file.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert hostile in page.texts
+    assert "script" not in page.tags
+    assert page.addresses == []
+    assert page.tags.count("svg") == 1
+    assert page.tags.count("circle") == len(names(2))
+    assert page.tags.count("polyline") == 2
+    red = re.findall(r'r="4.5" fill="#b00020"><title>(\S+):', text)
+    assert red[0] == "layers.1.post_gelu"
+    points = [re.findall(r"[\d.]+,([\d.]+)", line) for line in re.findall(r'points="(.*?)"', text)]
+    theirs, ours = ([float(y) for y in line] for line in points)
+    fault = names(2).index("layers.1.post_gelu")
+    assert len(theirs) == len(ours) == len(names(2))
+    assert max(abs(a - b) for a, b in zip(theirs[:fault], ours[:fault])) < 10
+    assert theirs[fault] - ours[fault] > 50  # far above, and up is less
+
+
+def test_a_picture_of_numbers_that_are_none() -> None:
+    def row(name: str, error: float | None) -> Row:
+        return Row(name, False, 0.0, 0, error, error, error, False, "first at [0]: 0.0")
+
+    gap = [row("embeddings.sum", 1e-7), row("embeddings", float("inf")), row("logits", 1e-5)]
+    assert Page(picture(Comparison("sdpa", "fp16", "packed", gap))).tags.count("polyline") == 4
+    none = [row("embeddings.sum", 0.0), row("logits", None)]
+    assert "polyline" not in picture(Comparison("sdpa", "fp16", "packed", none))
 
 
 def test_what_cannot_be_compared_is_said(tiny: Path, capsys, monkeypatch) -> None:
