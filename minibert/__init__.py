@@ -16,6 +16,8 @@ _HOME = {
     "Packed": "layout",
     "Tagger": "tagger",
     "Tokenizer": "tokenizer",
+    # The module is not called trace: once imported it would stand here in place of the function.
+    "trace": "tracing",
 }
 __all__ = sorted(_HOME)
 

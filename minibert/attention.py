@@ -47,24 +47,30 @@ def eager(
         Context (N, H, K) and the attention maps.
     """
     contexts, probs = [], []
-    for block, q_BHSK, k_BHSK, v_BHSK in _rectangles(layout, q_NHK, k_NHK, v_NHK):
-        scores_BHSS = torch.matmul(q_BHSK, k_BHSK.transpose(2, 3)) * q_BHSK.shape[-1] ** -0.5
-        if block.valid_BS is not None:
-            # The lowest finite value and not -inf: a row in which everything is hidden then
-            # becomes uniform attention instead of NaN.
-            mask_BS = torch.zeros_like(block.valid_BS, dtype=block.dtype)
-            mask_BS = mask_BS.masked_fill(~block.valid_BS, torch.finfo(block.dtype).min)
-            scores_BHSS = scores_BHSS + mask_BS[:, None, None, :]
+    for block, q_BHSK, k_BHSK, v_BHSK in rectangles(layout, q_NHK, k_NHK, v_NHK):
+        scores_BHSS = scores(block, q_BHSK, k_BHSK)
         probs_BHSS = F.dropout(F.softmax(scores_BHSS, dim=-1), dropout_p)
         contexts.append(_flat(torch.matmul(probs_BHSS, v_BHSK)))
         probs.append(probs_BHSS)
     return Attended(_join(contexts), probs)
 
 
+def scores(block: Block, q_BHSK: Tensor, k_BHSK: Tensor) -> Tensor:
+    """q kᵀ / √K + mask of one block: (rows, H, S, S)."""
+    scores_BHSS = torch.matmul(q_BHSK, k_BHSK.transpose(2, 3)) * q_BHSK.shape[-1] ** -0.5
+    if block.valid_BS is not None:
+        # The lowest finite value and not -inf: a row in which everything is hidden then
+        # becomes uniform attention instead of NaN.
+        mask_BS = torch.zeros_like(block.valid_BS, dtype=block.dtype)
+        mask_BS = mask_BS.masked_fill(~block.valid_BS, torch.finfo(block.dtype).min)
+        scores_BHSS = scores_BHSS + mask_BS[:, None, None, :]
+    return scores_BHSS
+
+
 def sdpa(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float) -> Attended:
     """The same by PyTorch's kernel, which keeps no attention maps. Arguments as ``eager``."""
     contexts = []
-    for block, q_BHSK, k_BHSK, v_BHSK in _rectangles(layout, q_NHK, k_NHK, v_NHK):
+    for block, q_BHSK, k_BHSK, v_BHSK in rectangles(layout, q_NHK, k_NHK, v_NHK):
         mask_BHSS = None
         if block.valid_BS is not None:
             mask_BHSS = block.valid_BS[:, None, None, :].expand(-1, 1, block.length, -1)
@@ -80,7 +86,7 @@ def sdpa(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p:
     return Attended(_join(contexts), None)
 
 
-def _rectangles(
+def rectangles(
     layout: Layout, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor
 ) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
     """Every block with its q, k and v as (rows, H, S, K): views, nothing is copied.

@@ -1,4 +1,4 @@
-"""The command line: ``minibert tag | evaluate | download | verify | info``.
+"""The command line: ``minibert tag | evaluate | parity | download | verify | info``.
 
 What a command needs is imported when it runs, so that help and errors come at once.
 """
@@ -67,6 +67,33 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("name")
     verify.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="default: looked up")
     verify.set_defaults(run=_verify)
+
+    parity = commands.add_parser(
+        "parity", help="compare every number with transformers; exit status 1 if a promise breaks"
+    )
+    parity.add_argument("directory", metavar="DIR", help="a checkpoint with its tokenizer")
+    parity.add_argument("text", nargs="*", help="sentences to run; default: three of its own")
+    parity.add_argument("--attn", nargs="+", choices=("eager", "sdpa"), default=("eager", "sdpa"))
+    parity.add_argument(
+        "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=("fp32", "bf16", "fp16")
+    )
+    layouts = parity.add_mutually_exclusive_group()
+    for layout in ("padded", "packed"):
+        layouts.add_argument(
+            f"--{layout}",
+            dest="layouts",
+            action="store_const",
+            const=(layout,),
+            default=("padded", "packed"),
+            help=f"{layout} batches only (default: both)",
+        )
+    shown = parity.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print JSON")
+    shown.add_argument("--full", action="store_true", help="every tensor, not the worst ones")
+    parity.add_argument(
+        "--html", metavar="FILE", type=Path, help="also write a page with the error by layer"
+    )
+    parity.set_defaults(run=_parity)
 
     info = commands.add_parser("info", help="what this machine has and what auto takes")
     info.set_defaults(run=_info)
@@ -184,6 +211,27 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{'ok  ' if check.passed else 'FAIL'}  {check.what}")
     print("PASS" if passed else "FAIL")
     return 0 if passed else 1
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from minibert.files import write_text
+    from minibert.parity import TEXTS, compare
+    from minibert.paritypage import page
+    from minibert.verdict import table, to_dict
+
+    texts = options.text or TEXTS
+    comparisons = compare(options.directory, texts, options.attn, options.dtype, options.layouts)
+    if options.html is not None:
+        write_text(options.html, page(options.directory, texts, comparisons))
+    kept = all(comparison.kept for comparison in comparisons)
+    if options.json:
+        found = [to_dict(comparison) for comparison in comparisons]
+        print(json.dumps({"kept": kept, "comparisons": found}, indent=2, ensure_ascii=False))
+    else:
+        for comparison in comparisons:
+            print(table(comparison, options.full), end="\n\n")
+        print("PASS" if kept else "FAIL")
+    return 0 if kept else 1
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -1,0 +1,130 @@
+"""A comparison with transformers as one HTML page: the error growing through the layers.
+
+One file without scripts, fonts or network. Text from outside (the sentences, the directory) is
+escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from minibert.verdict import Comparison, Row, table
+
+WIDTH, HEIGHT, LEFT, TOP = 920, 300, 60, 20  # of a picture, in CSS pixels; LEFT, TOP its margins
+LINES = (  # what is drawn: attribute of Row, its name, how
+    ("reference_error", "transformers", "stroke:#999;stroke-width:5"),
+    ("error", "minibert", "stroke:#0b62c4;stroke-width:2"),
+)
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em }
+pre { overflow-x: auto; font-size: 12px } svg { max-width: 100%; height: auto }
+svg text { font-size: 11px; fill: #333 } polyline { fill: none } .broken { color: #b00020 }
+"""
+
+
+def page(title: str, texts: Sequence[str], comparisons: Sequence[Comparison]) -> str:
+    """The whole page.
+
+    Args:
+        title: what was compared, say the directory.
+        texts: the sentences it was compared on.
+        comparisons: as ``parity.compare`` gives them.
+    """
+    kept = all(comparison.kept for comparison in comparisons)
+    sentences = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    sections = "".join(_section(comparison) for comparison in comparisons)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Parity of {escape(title)}</title>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
+<h1>Parity of {escape(title)}</h1>
+<p>minibert and transformers: {_verdict(kept, "every promise kept", "a promise is broken")}.
+Errors are relative to transformers in float64 with the same weights; both lines on top of each
+other mean the same error, and where the bits are equal it is the same numbers.</p>
+<ol>{sentences}</ol>
+{sections}</body></html>
+"""
+
+
+def _section(c: Comparison) -> str:
+    heading = escape(f"{c.attn} {c.dtype} {c.layout}")
+    return (
+        f"<h2>{heading}</h2><p>{escape(c.promise)}: {_verdict(c.kept, 'kept', 'broken')}</p>"
+        f"{picture(c)}<details><summary>Every tensor</summary><pre>{escape(table(c, full=True))}"
+        "</pre></details>"
+    )
+
+
+def _verdict(kept: bool, yes: str, no: str) -> str:
+    return yes if kept else f'<b class="broken">{no}</b>'
+
+
+def picture(comparison: Comparison) -> str:
+    """SVG: relative error (logarithmic) of every intermediate, in the order of computation.
+
+    What has no error, or one that is not finite, leaves a gap in its line.
+    """
+    rows = [row for row in comparison.rows if ":" not in row.name]
+    errors = [_log(getattr(row, line)) for row in rows for line, _, _ in LINES]
+    finite = [error for error in errors if error is not None]
+    low, high = math.floor(min(finite, default=-1)), math.ceil(max(finite, default=0))
+    high = max(high, low + 1)
+    step = (WIDTH - LEFT - 10) / max(1, len(rows) - 1)
+
+    def x(index: int) -> float:
+        return LEFT + index * step
+
+    def y(log: float) -> float:
+        return TOP + (HEIGHT - 2 * TOP) * (high - log) / (high - low)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="error by layer">']
+    for power in range(low, high + 1):
+        parts.append(
+            f'<path d="M{LEFT} {y(power):.1f}H{WIDTH - 10}" stroke="#ddd"/>'
+            f'<text x="8" y="{y(power) + 4:.1f}">1e{power}</text>'
+        )
+    for index, row in enumerate(rows):
+        if row.operation == "q":  # a layer begins
+            parts.append(
+                f'<path d="M{x(index):.1f} {TOP}V{HEIGHT - TOP}" stroke="#eee"/>'
+                f'<text x="{x(index):.1f}" y="{HEIGHT - 4}">layer {row.name.split(".")[1]}</text>'
+            )
+    for number, (attribute, name, style) in enumerate(LINES):
+        for run in _runs([_log(getattr(row, attribute)) for row in rows]):
+            points = " ".join(f"{x(index):.1f},{y(log):.1f}" for index, log in run)
+            parts.append(f'<polyline points="{points}" style="{style};stroke-linecap:round"/>')
+        at = LEFT + 10 + 140 * number
+        parts.append(
+            f'<path d="M{at} 10h20" style="{style}"/><text x="{at + 26}" y="14">{name}</text>'
+        )
+    for index, row in enumerate(rows):
+        log = _log(row.error)
+        if log is not None:
+            parts.append(_dot(x(index), y(log), row))
+    return "".join([*parts, "</svg>"])
+
+
+def _dot(x: float, y: float, row: Row) -> str:
+    """A point with the row as its tooltip, red and large where the promise is broken."""
+    colour, radius = ("#0b62c4", 2.5) if row.kept else ("#b00020", 4.5)
+    told = f"{row.name}: {row.error:.1e}, transformers {row.reference_error:.1e}"
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}">'
+        f"<title>{escape(told)}</title></circle>"
+    )
+
+
+def _log(error: float | None) -> float | None:
+    return math.log10(error) if error is not None and 0 < error < math.inf else None
+
+
+def _runs(logs: list[float | None]) -> list[list[tuple[int, float]]]:
+    """The stretches without a gap, each point with its index."""
+    runs: list[list[tuple[int, float]]] = [[]]
+    for index, log in enumerate(logs):
+        if log is None:
+            runs.append([])
+        else:
+            runs[-1].append((index, log))
+    return [run for run in runs if run]

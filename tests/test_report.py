@@ -1,0 +1,386 @@
+"""The parity report: silent where everything is equal, and right about where it is not."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from types import MethodType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minibert
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, attention, numerics
+from minibert import parity as parity_module
+from minibert.cli import main
+from minibert.files import MinibertError
+from minibert.model import Embeddings
+from minibert.parity import TEXTS as TEXTS_OF_ITS_OWN
+from minibert.parity import compare
+from minibert.paritypage import picture
+from minibert.tokenizer import Tokenizer
+from minibert.tracing import names
+from minibert.verdict import OPERATIONS, Comparison, Row, table
+
+CONFIG = BertConfig(
+    vocab_size=60,
+    hidden_size=36,
+    num_attention_heads=3,  # K = 12: its square root is not exact and hides no order of operations
+    num_hidden_layers=2,
+    intermediate_size=50,
+    max_position_embeddings=24,
+    labels=tuple("abcde"),
+)
+TEXTS = ("who knows", "a", "some text here")
+ATTN, DTYPES = ("eager", "sdpa"), ("fp32", "bf16", "fp16")
+
+
+def checkpoint(folder: Path, kind: type = BertForTokenClassification, sharpness: float = 1) -> Path:
+    torch.manual_seed(4)
+    net = kind(CONFIG)
+    with torch.no_grad():  # biases that are not zero, attention that is not uniform
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        for layer in net.bert.layers:
+            layer.attention.query.weight.mul_(sharpness)
+    net.save_pretrained(folder)
+    letters = [*string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMaskedLM])
+def test_every_promise_is_kept(kind: type, tmp_path: Path) -> None:
+    found = compare(checkpoint(tmp_path, kind), TEXTS)
+    assert [(c.attn, c.dtype, c.layout) for c in found] == [
+        (attn, dtype, layout)
+        for dtype in DTYPES
+        for attn in ATTN
+        for layout in ("padded", "packed")
+    ]
+    parameters = [name for name, _ in kind(CONFIG).named_parameters()]
+    for c in found:
+        where = (c.attn, c.dtype, c.layout)
+        assert c.kept, (where, str(c.first_broken))
+        kinds = ("gradient", "step", "dropout") if c.layout == "padded" else ("gradient", "step")
+        wanted = names(2) + [f"{kind}:{name}" for kind in kinds for name in parameters]
+        assert [row.name for row in c.rows] == wanted
+        assert {row.operation for row in c.rows} <= OPERATIONS.keys()
+        for row in c.rows:
+            if c.layout == "padded":
+                assert row.equal
+                assert row.max_abs == row.ulps == 0
+                assert row.error == row.reference_error
+            if not row.name.startswith("dropout"):
+                assert 0 < row.error < (2e-6 if c.dtype == "fp32" else 3e-2) or ":" in row.name
+                # padded float64 is that of transformers to rounding
+                assert row.own_error == pytest.approx(row.error, rel=1e-3)
+
+
+def test_hidden_scores_that_overflow_in_fp16(tmp_path: Path) -> None:
+    """finfo.min plus a score below -16 is -inf there, in transformers as here."""
+    folder = checkpoint(tmp_path, sharpness=6)
+    net = BertForTokenClassification.from_pretrained(folder, dtype=torch.float16)
+    padded, _ = parity_module.batches(net, Tokenizer.from_pretrained(folder), TEXTS)
+    with minibert.trace(net) as t, torch.no_grad():
+        net(**padded)
+    assert t["layers.0.scores"].isinf().any()
+    for c in compare(folder, TEXTS, dtypes=["fp16"], layouts=["padded"]):
+        assert c.kept, (c.attn, str(c.first_broken))
+
+
+def tanh_gelu(model) -> None:
+    def forward(self, x_ND):
+        return self.down(F.gelu(self.up(x_ND), approximate="tanh"))
+
+    block = model.bert.layers[1].feed_forward
+    block.forward = MethodType(forward, block)
+
+
+def wide_eps(model) -> None:
+    model.bert.layers[1].attention_norm.eps = 1e-5
+
+
+def wide_eps_in_embeddings(model) -> None:
+    model.bert.embeddings.norm.eps = 1e-5
+
+
+def no_bias(path: str) -> Callable:
+    def plant(model) -> None:
+        linear = model.get_submodule(path)
+        linear.forward = MethodType(lambda self, x: F.linear(x, self.weight), linear)
+
+    return plant
+
+
+def swapped_sums(model) -> None:
+    def forward(self: Embeddings, input_N, segment_N, layout):
+        x_ND = self.word(input_N) + layout.spread_positions(self.position.weight)
+        return self.dropout(self.norm(x_ND + self.segment(segment_N)))
+
+    model.bert.embeddings.forward = MethodType(forward, model.bert.embeddings)
+
+
+def dropout_before_norm(model) -> None:
+    def forward(self: Embeddings, input_N, segment_N, layout):
+        x_ND = self.word(input_N) + self.segment(segment_N)
+        return self.norm(self.dropout(x_ND + layout.spread_positions(self.position.weight)))
+
+    model.bert.embeddings.forward = MethodType(forward, model.bert.embeddings)
+
+
+PLANTED = {
+    "tanh gelu": (tanh_gelu, "layers.1.post_gelu"),
+    "eps 1e-5": (wide_eps, "layers.1.attention_norm"),
+    "eps 1e-5, embeddings": (wide_eps_in_embeddings, "embeddings"),
+    "no value bias": (no_bias("bert.layers.1.attention.value"), "layers.1.v"),
+    "no output bias": (no_bias("bert.layers.0.attention.output"), "layers.0.attention_output"),
+    "no up bias": (no_bias("bert.layers.0.feed_forward.up"), "layers.0.pre_gelu"),
+    "no down bias": (no_bias("bert.layers.1.feed_forward.down"), "layers.1.ffn_output"),
+    "no classifier bias": (no_bias("classifier"), "logits"),
+}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, change: Callable) -> None:
+    """Have parity load a minibert with a mistake in it."""
+    load = BertForTokenClassification.from_pretrained
+
+    class Mistaken(BertForTokenClassification):
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            model = load(*args, **kwargs)
+            change(model)
+            return model
+
+    monkeypatch.setattr(parity_module, "BertForTokenClassification", Mistaken)
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_planted_mistake_is_found_where_it_is(mistake: str, tiny: Path, monkeypatch) -> None:
+    change, name = PLANTED[mistake]
+    plant(monkeypatch, change)
+    for c in compare(tiny, TEXTS, attn=["sdpa"], dtypes=["fp32"]):
+        assert not c.kept
+        assert c.first_broken.name == name, c.layout
+        if c.layout == "padded":
+            assert c.first_difference.name == name
+        report = table(c)
+        assert f"first broken: {name} ({OPERATIONS[c.first_broken.operation]}), first at" in report
+        assert "BROKEN" in report
+
+
+def test_swapped_embedding_sums_are_found(tiny: Path, monkeypatch) -> None:
+    plant(monkeypatch, swapped_sums)
+    padded, packed = compare(tiny, TEXTS, attn=["eager"], dtypes=["fp32"])
+    assert padded.first_broken.name == "embeddings.sum"
+    assert 0 < padded.first_broken.max_abs < 1e-6
+    # An order of sums is rounding, which packed batches do not promise.
+    assert packed.first_difference.name == "embeddings.sum"
+    assert packed.kept
+
+
+@pytest.mark.parametrize("fill", [-1e4, -10.0])
+def test_a_bad_mask_fill_is_found(fill: float, tiny: Path, monkeypatch) -> None:
+    """-1e4 leaves the outputs as they are; the scores tell."""
+
+    def scores(block, q_BHSK, k_BHSK):
+        scores_BHSS = torch.matmul(q_BHSK, k_BHSK.transpose(2, 3)) * q_BHSK.shape[-1] ** -0.5
+        if block.valid_BS is not None:
+            mask_BS = torch.where(block.valid_BS, 0.0, fill)
+            scores_BHSS = scores_BHSS + mask_BS[:, None, None, :]
+        return scores_BHSS
+
+    monkeypatch.setattr(attention, "scores", scores)
+    (c,) = compare(tiny, TEXTS, attn=["eager"], dtypes=["fp32"], layouts=["padded"])
+    assert c.first_broken.name == "layers.0.scores"
+    logits = next(row for row in c.rows if row.name == "logits")
+    assert logits.equal == (fill == -1e4)
+
+
+def test_a_kernel_without_its_mask_is_found(tiny: Path, monkeypatch) -> None:
+    """Scores and maps are computed apart from the kernel: its mistakes show in its output."""
+    kernel = F.scaled_dot_product_attention
+
+    def blind(q, k, v, attn_mask, dropout_p, scale):
+        return kernel(q, k, v, dropout_p=dropout_p, scale=scale)
+
+    class Blind:
+        def __getattr__(self, name: str):
+            return blind if name == "scaled_dot_product_attention" else getattr(F, name)
+
+    monkeypatch.setattr(attention, "F", Blind())
+    (c,) = compare(tiny, TEXTS, attn=["sdpa"], dtypes=["bf16"], layouts=["padded"])
+    assert c.first_broken.name == "layers.0.context"
+
+
+def test_dropout_in_the_wrong_place_shows_only_in_training(tiny: Path, monkeypatch) -> None:
+    plant(monkeypatch, dropout_before_norm)
+    (c,) = compare(tiny, TEXTS, attn=["sdpa"], dtypes=["fp32"], layouts=["padded"])
+    assert c.first_broken.operation == "dropout"
+
+
+def test_another_optimiser_shows_in_the_step(tiny: Path, monkeypatch) -> None:
+    ours = parity_module.AdamW
+    monkeypatch.setattr(parity_module, "AdamW", lambda groups, _: ours(groups, "transformers"))
+    for c in compare(tiny, TEXTS, attn=["sdpa"], dtypes=["fp32"]):
+        assert c.first_broken.operation == "step"
+
+
+def test_the_command(tiny: Path, capsys, monkeypatch) -> None:
+    chosen = ["parity", str(tiny), *TEXTS, "--attn", "eager", "--dtype", "fp32"]
+    assert main([*chosen, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kept"] is True
+    assert [(c["dtype"], c["layout"], c["kept"]) for c in found["comparisons"]] == [
+        ("fp32", layout, True) for layout in ("padded", "packed")
+    ]
+    row = found["comparisons"][0]["rows"][0]
+    assert row["name"] == row["operation"] == "embeddings.sum"
+    assert row["equal"]
+    assert main([*chosen, "--padded"]) == 0
+    short = capsys.readouterr().out
+    assert short.endswith("PASS\n")
+    assert short.count("no difference to transformers") == 1
+    assert main([*chosen, "--packed", "--full"]) == 0
+    full = capsys.readouterr().out
+    assert "padded" not in full
+    assert all(f"  {name} " in full for name in names(2))
+    plant(monkeypatch, tanh_gelu)
+    assert main([*chosen, "--padded"]) == 1
+    assert capsys.readouterr().out.endswith("FAIL\n")
+    assert main([*chosen, "--padded", "--json"]) == 1
+    broken = json.loads(capsys.readouterr().out)["comparisons"][0]
+    assert broken["first_broken"] == broken["first_difference"] == "layers.1.post_gelu"
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: tags that close, texts, and addresses."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        self.addresses += [value for key, value in attributes if key in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_draws_every_intermediate_and_escapes_text(
+    tiny: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    hostile = "<script>a</script>"
+    plant(monkeypatch, tanh_gelu)
+    file = tmp_path / "page.html"
+    chosen = ["--attn", "sdpa", "--dtype", "fp32", "--packed", "--html", str(file)]
+    assert main(["parity", str(tiny), hostile, "b", *chosen]) == 1
+    assert "first broken: layers.1.post_gelu" in capsys.readouterr().out
+    text = file.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert hostile in page.texts
+    assert "script" not in page.tags
+    assert page.addresses == []
+    assert page.tags.count("svg") == 1
+    assert page.tags.count("circle") == len(names(2))
+    assert page.tags.count("polyline") == 2
+    red = re.findall(r'r="4.5" fill="#b00020"><title>(\S+):', text)
+    assert red[0] == "layers.1.post_gelu"
+    points = [re.findall(r"[\d.]+,([\d.]+)", line) for line in re.findall(r'points="(.*?)"', text)]
+    theirs, ours = ([float(y) for y in line] for line in points)
+    fault = names(2).index("layers.1.post_gelu")
+    assert len(theirs) == len(ours) == len(names(2))
+    assert max(abs(a - b) for a, b in zip(theirs[:fault], ours[:fault])) < 10
+    assert theirs[fault] - ours[fault] > 50  # far above, and up is less
+
+
+def test_a_picture_of_numbers_that_are_none() -> None:
+    def row(name: str, error: float | None) -> Row:
+        return Row(name, False, 0.0, 0, error, error, error, False, "first at [0]: 0.0")
+
+    gap = [row("embeddings.sum", 1e-7), row("embeddings", float("inf")), row("logits", 1e-5)]
+    assert Page(picture(Comparison("sdpa", "fp16", "packed", gap))).tags.count("polyline") == 4
+    none = [row("embeddings.sum", 0.0), row("logits", None)]
+    assert "polyline" not in picture(Comparison("sdpa", "fp16", "packed", none))
+
+
+def test_what_cannot_be_compared_is_said(tiny: Path, capsys, monkeypatch) -> None:
+    assert main(["parity", str(tiny), "x" * 10 + " y" * 20]) == 2
+    assert "text 1: 32 word-pieces, but the model has 24 positions" in capsys.readouterr().err
+    with pytest.raises(MinibertError, match="no text"):
+        compare(tiny, [])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["parity", str(tiny)]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'minibert[parity]'" in error
+    assert error.count("\n") == 1
+
+
+def test_minilm(minilm: Path) -> None:
+    texts = TEXTS_OF_ITS_OWN[:2]
+    padded, packed = compare(minilm, texts, attn=["eager"], dtypes=["fp32"])
+    assert padded.kept
+    assert packed.kept, str(packed.first_broken)
+    assert len(padded.rows) == 75 + 3 * 103  # 2 + 6 * 12 + 1 intermediates, 103 parameters
+
+
+DTYPE = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+
+
+@given(dtype=DTYPE, start=st.floats(-1e-3, 1e-3), steps=st.integers(0, 40))
+def test_ulps_count_the_steps_between_two_numbers(dtype, start: float, steps: int) -> None:
+    a = torch.tensor([start]).to(dtype)
+    b = a.clone()
+    for _ in range(steps):
+        if dtype in (torch.float64, torch.float32):
+            b = torch.nextafter(b, torch.tensor([1.0], dtype=dtype))
+        else:  # no nextafter for these: the neighbour is the next bit pattern
+            bits = b.view(torch.int16)
+            zero_next = torch.zeros_like(bits) + 1
+            up = torch.where(b == 0, zero_next, torch.where(b > 0, bits + 1, bits - 1))
+            b = up.view(dtype)
+    assert numerics.ulps(a, b) == numerics.ulps(b, a) == steps
+
+
+def test_numbers_that_are_none() -> None:
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0])
+    assert numerics.ulps(nan, nan) == 0
+    assert numerics.max_abs(nan, nan) == 0
+    assert numerics.ulps(nan, one) == -1
+    assert numerics.max_abs(nan, one) == float("inf")
+    assert numerics.relative_error(nan, one) == float("inf")
+    assert numerics.ulps(torch.tensor([-0.0]), torch.tensor([0.0])) == 0
+    most = torch.tensor([torch.finfo(torch.float64).max], dtype=torch.float64)
+    assert numerics.ulps(most, -most) == 2**63 - 1
+    assert numerics.relative_error(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == (
+        pytest.approx(0.08, rel=1e-6)
+    )
