@@ -169,8 +169,12 @@ class Packed:
         return tuple(Block(sum(1 for _ in run), length) for length, run in groupby(self.lengths))
 
     def spread_positions(self, table_PD: Tensor) -> Tensor:
-        """Rows of the position table for every token: (N, D)."""
-        return table_PD[self.position_N]
+        """Rows of the position table for every token: (N, D).
+
+        ``embedding`` and not an index: the gradient of an index adds up in whatever order the
+        threads come by, and the same run would end in other bits.
+        """
+        return F.embedding(self.position_N, table_PD)
 
     def unflatten(self, x_N: Tensor) -> Tensor:
         """A packed batch has no rectangle to return to: (N, ...) stays (N, ...)."""

@@ -145,6 +145,21 @@ def test_dropout_is_drawn_in_a_packed_batch() -> None:
     assert net(**packed_inputs).loss == first
 
 
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread has one order")
+def test_a_packed_gradient_is_the_same_every_time() -> None:
+    """Threads must not add to the position table in the order in which they happen to come."""
+    draw = torch.Generator().manual_seed(0)
+    layout = Packed.from_lengths([20] * 400)
+    table_PD = torch.randn(64, 96, generator=draw, requires_grad=True)
+    upstream_ND = torch.randn(8000, 96, generator=draw)
+    gradients = []
+    for _ in range(10):
+        table_PD.grad = None
+        layout.spread_positions(table_PD).backward(upstream_ND)
+        gradients.append(table_PD.grad)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 @settings(max_examples=200)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30))
 def test_a_packed_layout_covers_every_token_once(lengths: list[int]) -> None:
