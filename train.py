@@ -70,7 +70,7 @@ class Recipe:
 
 
 RECIPES = {
-    # Chosen on a held-out tenth of engtrain: benchmarks/choose_recipe.py.
+    # Compared on held-out parts of engtrain, as benchmarks/choose_recipe.py does.
     "default": Recipe(
         lr=3e-4,
         epochs=4,
