@@ -199,10 +199,15 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
         save(model, tokenizer, options.output / "last")
         write_text(options.output / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in log))
 
-    # What is left behind: the scores of the last epoch on the set evaluated last.
-    f1s = [(entry["step"], 100 * entry["entity_f1"]) for entry in log if entry.get("set") == name]
-    print(f"\ntraining loss\n{text_curve(losses)}\n\n{name} set, last epoch: {report.table()}")
-    write_text(options.output / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    # What is left behind: the curve, and the scores of the last epoch on the set evaluated last.
+    print(f"\ntraining loss\n{text_curve(losses)}")
+    f1s: list[tuple[int, float]] = []
+    if evaluated:
+        print(f"\n{name} set, last epoch: {report.table()}")
+        write_text(options.output / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        f1s = [
+            (entry["step"], 100 * entry["entity_f1"]) for entry in log if entry.get("set") == name
+        ]
     try:
         write_png(losses, f1s, options.output / "loss.png")
     except ImportError:

@@ -18,6 +18,11 @@ class MinibertError(Exception):
     """
 
 
+def home() -> Path:
+    """Where downloads and compiled kernels live: ``$MINIBERT_HOME``, or ``~/.cache/minibert``."""
+    return Path(os.environ.get("MINIBERT_HOME") or Path.home() / ".cache" / "minibert")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to; at the end it is synced and becomes ``path``.

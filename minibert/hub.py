@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from minibert.files import MinibertError, replacing, sha256_of, sync
+from minibert.files import MinibertError, home, replacing, sha256_of, sync
 
 
 class Pin(NamedTuple):
@@ -90,11 +90,6 @@ CORPORA = {
     ),
 }
 # fmt: on
-
-
-def home() -> Path:
-    """``$MINIBERT_HOME``, or ``~/.cache/minibert``."""
-    return Path(os.environ.get("MINIBERT_HOME") or Path.home() / ".cache" / "minibert")
 
 
 def locate_model(name_or_dir: str | Path) -> Path:

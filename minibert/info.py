@@ -8,7 +8,8 @@ from importlib.metadata import version
 
 import torch
 
-from minibert import __version__, attention, hub, kernels
+from minibert import __version__, attention, kernels
+from minibert.files import home
 from minibert.machine import DTYPES, DtypeChoice, choose_device, choose_dtype, name_of
 
 HEAD_SIZE = 64  # K of BERT-base
@@ -28,7 +29,7 @@ def describe() -> str:
         f"cpu          {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         f"cpu dtype    {_line(choose_dtype('auto', torch.device('cpu')))}",
         f"gpu          {_gpus()}",
-        f"home         {hub.home()}",
+        f"home         {home()}",
         f"attention    {', '.join(attention.IMPLEMENTATIONS)}",
         f"auto device  {device}",
         f"auto dtype   {_line(dtype)}",

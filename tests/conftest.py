@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from minibert import hub
-from minibert.files import MinibertError
+from minibert.files import MinibertError, home
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 # The same examples in every run, and no time limit on one: a busy machine is not a fault.
@@ -33,7 +33,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def mit_movie() -> Path:
-    folder = hub.home() / "data" / "mit_movie"
+    folder = home() / "data" / "mit_movie"
     if not (folder / "engtest.bio").is_file():
         pytest.skip("MIT Movie is not in $MINIBERT_HOME/data/mit_movie")
     return folder

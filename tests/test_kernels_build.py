@@ -96,7 +96,7 @@ def test_a_failed_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError
 
     monkeypatch.setattr(build, "compile_source", lambda *_: (b"code", ""))
-    monkeypatch.setattr(build.os, "replace", refuse)
+    monkeypatch.setattr("minibert.files.os.replace", refuse)
     assert build.cubin(*UNIT, directory=tmp_path) == b"code"
     assert not list(tmp_path.iterdir())
 

@@ -24,7 +24,6 @@ def files(tmp_path_factory) -> Path:
     for name, sentences in (("train.bio", train[:48]), ("test.bio", test[:16])):
         blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences]
         (folder / name).write_text("\n".join(blocks))
-    # The test may hold no label that training lacks: train on both kinds of labels.
     return folder
 
 
@@ -90,6 +89,17 @@ def test_every_kind_of_run(files: Path, minilm: Path, tmp_path: Path, arguments:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sentences"] == 48
     assert not (tmp_path / "out" / "best").exists()  # nothing was held out to choose by
+
+
+def test_a_run_with_nothing_to_evaluate_on(files: Path, minilm: Path, tmp_path: Path) -> None:
+    ran = train(
+        tmp_path / "out",
+        *("--model", minilm, "--train", files / "train.bio"),
+        *("--epochs", "1", "--batch-size", "24", "--device", "cpu"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"last", "loss.png", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ than the installed driver is refused by it, and the driver would compile it once
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from minibert.files import MinibertError, home, replacing
 
 HERE = Path(__file__).parent
 OPTIONS = "c++17"  # part of the cache's key, beside the source and the architecture
@@ -97,7 +98,7 @@ def cubin(file: str, arch: str, defines: dict[str, int], directory: Path | None 
         file: a source in this directory, for example "attention.cu".
         arch: for example ``sm_75``.
         defines: preprocessor macros.
-        directory: where binaries are kept; ``cache_directory()`` by default.
+        directory: where binaries are kept; ``kernels`` under ``home()`` by default.
 
     Raises:
         BuildError: it has to be compiled, and cannot be.
@@ -105,7 +106,7 @@ def cubin(file: str, arch: str, defines: dict[str, int], directory: Path | None 
     text = source(file)
     key = "\n".join([text, arch, OPTIONS, repr(sorted(defines.items()))])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    path = (directory or cache_directory()) / f"{Path(file).stem}-{arch}-{digest}.cubin"
+    path = (directory or home() / "kernels") / f"{Path(file).stem}-{arch}-{digest}.cubin"
     try:
         return path.read_bytes()
     except OSError:
@@ -115,26 +116,10 @@ def cubin(file: str, arch: str, defines: dict[str, int], directory: Path | None 
     return code
 
 
-def cache_directory() -> Path:
-    """``$MINIBERT_HOME/kernels``, by default ``~/.cache/minibert/kernels``."""
-    home = os.environ.get("MINIBERT_HOME") or Path.home() / ".cache" / "minibert"
-    return Path(home) / "kernels"
-
-
 def _write(path: Path, code: bytes) -> None:
-    """Write and rename, so that another process never reads half a file.
+    """Keep a binary for the next process.
 
-    A directory that cannot be written costs the next process a compilation, and nothing else.
+    A directory that cannot be written costs that process a compilation, and nothing else.
     """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = file.name
-            file.write(code)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+    with suppress(MinibertError), replacing(path) as temporary:
+        temporary.write_bytes(code)
