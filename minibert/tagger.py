@@ -23,6 +23,7 @@ from minibert.metrics import lenient_entities
 from minibert.model import BertForTokenClassification
 from minibert.tokenizer import Tokenizer
 
+MOST_LABELS = 1000  # that well-formed sequences are chosen from, in memory quadratic in it
 POOL = 1024  # sentences that are sorted by length together; also what streaming holds in memory
 
 
@@ -74,6 +75,16 @@ class Tagger:
                     f"config.json: the label {label!r} is none of O, B-TYPE and I-TYPE: "
                     "entities can be read from BIO labels only"
                 )
+        if model.config.max_position_embeddings < 3:
+            raise MinibertError(
+                f"config.json: max_position_embeddings is {model.config.max_position_embeddings}: "
+                "a text needs three, for a word and the two that frame it"
+            )
+        if len(model.config.labels) > MOST_LABELS:
+            raise MinibertError(
+                f"config.json: has {len(model.config.labels)} labels, more than the {MOST_LABELS} "
+                "that a tagger can choose well-formed ones from: use a model for entities"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
@@ -172,6 +183,11 @@ class Tagger:
         for batch in self._batches(examples):
             logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
             logp_WL = logits[batch.first_W].float().log_softmax(-1).cpu()
+            if logp_WL.isnan().any():
+                raise MinibertError(
+                    "the model answers NaN: its weights are damaged, or too large for "
+                    f"{logits.dtype}: fetch or train it again, or try --dtype fp32"
+                )
             parts = logp_WL.split([len(example.firsts) for example in batch.examples])
             for example, part in zip(batch.examples, parts):
                 stop = example.first_word + len(example.firsts)
