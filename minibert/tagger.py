@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from minibert.data import TAG, Batch, Example, chunks, examples_of, packed, padded
+from minibert.data import TAG, Batch, Example, examples_of, packed, padded
 from minibert.decoding import best_labels
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
@@ -23,8 +23,10 @@ from minibert.metrics import lenient_entities
 from minibert.model import BertForTokenClassification
 from minibert.tokenizer import Tokenizer
 
+T = TypeVar("T")
 MOST_LABELS = 1000  # that well-formed sequences are chosen from, in memory quadratic in it
 POOL = 1024  # sentences that are sorted by length together; also what streaming holds in memory
+POOL_CHARACTERS = 1 << 20  # and all of them together, unless one alone has more
 
 
 class Entity(NamedTuple):
@@ -167,11 +169,11 @@ class Tagger:
 
     def label(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Label]]:
         """One label for every word of every sentence, in order, as a stream."""
-        for pool in chunks(sentences, POOL):
+        for pool in pools(sentences, lambda words: sum(len(word) + 1 for word in words)):
             yield from self._label_pool(pool)
 
     def _tag(self, places: Iterable[Words]) -> Iterator[list[Entity]]:
-        for pool in chunks(places, POOL):
+        for pool in pools(places, lambda words: len(words.text)):
             for words, labels in zip(pool, self._label_pool([w.words for w in pool])):
                 yield entities(words, labels)
 
@@ -215,6 +217,24 @@ class Tagger:
                 group = []
             if example is not None:
                 group.append(example)
+
+
+def pools(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of items that are tagged together, as many as fit into ``POOL``."""
+    pool: list[T] = []
+    held = 0
+    for item in items:
+        size = characters(item)
+        if pool and held + size > POOL_CHARACTERS:
+            yield pool
+            pool, held = [], 0
+        pool.append(item)
+        held += size
+        if len(pool) == POOL:
+            yield pool
+            pool, held = [], 0
+    if pool:
+        yield pool
 
 
 class Words(NamedTuple):

@@ -28,7 +28,7 @@ FLOORS = (
     {"attention", "data"},
     {"model", "democorpus"},
     {"tagger", "verify", "info", "tracing", "reference", "paritypage"},
-    {"evaluation", "parity"},
+    {"evaluation", "parity", "tagfile"},
     {"cli"},
 )
 FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
