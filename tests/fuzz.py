@@ -66,7 +66,7 @@ class BrokenError(Exception):
     """What an input must not do."""
 
 
-def good(folder: Path) -> None:
+def good(folder: Path, lowercase: bool = True) -> None:
     """A whole tagger of a few thousand weights."""
     import torch
     from tokenizers import BertWordPieceTokenizer
@@ -78,7 +78,7 @@ def good(folder: Path) -> None:
     pieces = [*special, *letters, *(f"##{letter}" for letter in letters)]
     pieces += [word for word in WORDS if word not in pieces]
     ids = {piece: i for i, piece in enumerate(pieces)}
-    backend = BertWordPieceTokenizer(ids, lowercase=True)._tokenizer
+    backend = BertWordPieceTokenizer(ids, lowercase=lowercase)._tokenizer
     Tokenizer(backend, "fuzz").save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(pieces),
