@@ -30,7 +30,14 @@ from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
 from minibert.machine import DTYPES, choose_device, choose_dtype, name_of
 from minibert.model import BertForTokenClassification
-from minibert.optim import SEMANTICS, LossScaler, bert_groups, choose_adamw, linear_schedule
+from minibert.optim import (
+    SEMANTICS,
+    LossScaler,
+    WeightAverage,
+    bert_groups,
+    choose_adamw,
+    linear_schedule,
+)
 from minibert.tagger import Tagger
 from minibert.tokenizer import Tokenizer
 
@@ -49,6 +56,7 @@ class Recipe:
     optimizer: str  # whose AdamW: torch, transformers or google
     layout: str  # packed; longest: padded to the longest of the batch; a number: to that
     bucket: int  # batches that are sorted by length together; 1: none
+    average: float  # power of the average of the weights over the steps; inf: the last alone
     decode: str  # best: the most probable well-formed labels; each: of every word by itself
     accumulate: int = 1  # batches to a step of the optimiser
 
@@ -59,8 +67,9 @@ class Recipe:
                 raise ValueError(f"{name} must be above 0, got {vars(self)[name]}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of all steps, in [0, 1), got {self.warmup}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        for name in ("weight_decay", "average"):
+            if not vars(self)[name] >= 0:
+                raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
         if self.optimizer not in SEMANTICS:
             raise ValueError(f"optimizer must be one of {', '.join(SEMANTICS)}")
         if self.decode not in ("best", "each"):
@@ -82,6 +91,7 @@ RECIPES = {
         optimizer="torch",
         layout="packed",
         bucket=1,
+        average=1.0,
         decode="best",
     ),
     # The MIT Movie paper's. Its notebook has no warm-up, its text says that the rate rises from 0:
@@ -97,6 +107,7 @@ RECIPES = {
         optimizer="torch",
         layout="50",
         bucket=1,
+        average=math.inf,
         decode="each",
     ),
 }
@@ -138,6 +149,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
         bert_groups(model, recipe.weight_decay), recipe.optimizer, recipe.eps
     )
     print(f"attention {model.attn_implementation}, AdamW {reason}")
+    average = WeightAverage(model.parameters(), recipe.average)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = LossScaler() if dtype == torch.float16 else None
     batches_per_epoch = math.ceil(len(examples) / recipe.batch_size)
@@ -170,6 +182,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
             optimizer.clipped_step(lr, recipe.clip, scaler)
             optimizer.zero_grad()
             step += 1
+            average.update(step)
 
             losses.append(loss.item())
             if not math.isfinite(losses[-1]) and scaler is None:
@@ -185,18 +198,19 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
 
         # What the model can do after this epoch.
         model.eval()
-        for name, part in evaluated.items():
-            report = evaluate(tagger, part.sentences, part.source)
-            print(f"epoch {epoch}, {name}: {report.summary()}")
-            scores = {
-                "entity_f1": report.entity.micro.f1,
-                "token_micro_f1_including_O": report.token.micro_with_o,
-            }
-            log.append({"step": step, "epoch": epoch, "set": name} | scores)
-            if name == "dev" and scores["entity_f1"] > best_f1:
-                best_f1 = scores["entity_f1"]
-                save(model, tokenizer, options.output / "best")
-        save(model, tokenizer, options.output / "last")
+        with average.swapped_in():
+            for name, part in evaluated.items():
+                report = evaluate(tagger, part.sentences, part.source)
+                print(f"epoch {epoch}, {name}: {report.summary()}")
+                scores = {
+                    "entity_f1": report.entity.micro.f1,
+                    "token_micro_f1_including_O": report.token.micro_with_o,
+                }
+                log.append({"step": step, "epoch": epoch, "set": name} | scores)
+                if name == "dev" and scores["entity_f1"] > best_f1:
+                    best_f1 = scores["entity_f1"]
+                    save(model, tokenizer, options.output / "best")
+            save(model, tokenizer, options.output / "last")
         write_text(options.output / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in log))
 
     # What is left behind: the curve, and the scores of the last epoch on the set evaluated last.

@@ -1,4 +1,4 @@
-"""AdamW in the three versions that BERT has been trained with, clipping, and the schedule.
+"""AdamW in the three versions that BERT has been trained with, clipping, schedule, averaging.
 
 They are all called AdamW and differ in four places; over a fine-tuning that is more than noise.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -259,6 +260,50 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for gradient in gradients:
         gradient.mul_(factor)
     return norm
+
+
+class WeightAverage:
+    """The average of the weights over the steps of training, later steps counting more.
+
+    The average of the points on the path is nearer to the minimum than the last of them (Polyak &
+    Juditsky 1992). Here the weights after step t count about in proportion to t^power:
+    polynomial-decay averaging (Shamir & Zhang 2013, section 4), in which no number depends on how
+    long the run is.
+
+    Args:
+        parameters: what to average.
+        power: 0 is the plain mean; ``inf`` the last weights alone, which takes no memory.
+
+    Raises:
+        ValueError: a negative power.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], power: float):
+        if not power >= 0:
+            raise ValueError(f"power must not be negative, got {power}")
+        self.power = power
+        self.weights = [p.detach() for p in parameters] if math.isfinite(power) else []
+        self.averages = [weight.clone() for weight in self.weights]
+
+    def update(self, step: int) -> None:
+        """Take the weights after a step in; ``step`` counts from 1."""
+        for average, weight in zip(self.averages, self.weights):
+            average.lerp_(weight, (self.power + 1) / (self.power + step))
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within the block the model has the averages for its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for weight, average in zip(self.weights, self.averages):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
 
 class LossScaler:

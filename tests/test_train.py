@@ -91,6 +91,24 @@ def test_every_kind_of_run(files: Path, minilm: Path, tmp_path: Path, arguments:
     assert not (tmp_path / "out" / "best").exists()  # nothing was held out to choose by
 
 
+def test_averaging_changes_the_saved_model_and_not_the_training(
+    files: Path, minilm: Path, tmp_path: Path
+) -> None:
+    losses, saved = [], []
+    for power in ("1", "inf"):
+        ran = train(
+            tmp_path / power,
+            *("--model", minilm, "--train", files / "train.bio", "--average", power),
+            *("--epochs", "2", "--batch-size", "24", "--device", "cpu"),
+        )
+        assert ran.returncode == 0, ran.stderr
+        lines = (tmp_path / power / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+        saved.append(sha256_of(tmp_path / power / "last" / "model.safetensors"))
+    assert losses[0] == losses[1]
+    assert saved[0] != saved[1]
+
+
 def test_a_run_with_nothing_to_evaluate_on(files: Path, minilm: Path, tmp_path: Path) -> None:
     ran = train(
         tmp_path / "out",

@@ -17,6 +17,7 @@ from minibert.optim import (
     AdamW,
     Group,
     LossScaler,
+    WeightAverage,
     bert_groups,
     clip_grad_norm,
     linear_schedule,
@@ -211,3 +212,21 @@ def test_loss_scaler_backs_off_and_recovers() -> None:
         assert scaler.unscale([parameter])
         assert scaler.scale == expected_scale
     assert parameter.grad.tolist() == [1.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("power", "shares"),
+    [(0.0, [1, 1, 1, 1]), (1.0, [1, 2, 3, 4]), (2.0, [1, 3, 6, 10]), (math.inf, [0, 0, 0, 1])],
+)
+def test_later_weights_count_more_in_the_average(power: float, shares: list[int]) -> None:
+    parameter = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    average = WeightAverage([parameter], power)
+    draw = torch.Generator().manual_seed(0)
+    path = torch.randn(4, 5, generator=draw, dtype=torch.float64)
+    for step, point in enumerate(path, 1):
+        parameter.data.copy_(point)
+        average.update(step)
+    weights = torch.tensor(shares, dtype=torch.float64) / sum(shares)
+    with average.swapped_in():
+        torch.testing.assert_close(parameter.data, weights @ path, rtol=1e-14, atol=1e-15)
+    assert torch.equal(parameter.data, path[-1]), "training goes on from where it was"
