@@ -6,7 +6,7 @@
 Lines are taken in pools (tagger.py). Of N processes the one of rank r tags the pools r, r + N, ...
 and sends what it made of them to rank 0, which alone writes. Whoever tags a pool sees the same
 sentences in the same batches, so the output is that of one process, byte for byte, as long as a
-process has the same number of threads: torch adds up in another order with another number of them.
+process has the same number of threads: with another, torch may add up in another order.
 """
 
 from __future__ import annotations
