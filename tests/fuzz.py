@@ -3,9 +3,9 @@
     python tests/fuzz.py --count 50000                        # what `make fuzz` runs
     python tests/fuzz.py --seed 17 --first 81 --count 1       # one input again
 
-An input is made from the seed and its number alone. It fails if it ends in a traceback,
-in an exit status other than 0 and 2, in more than one line of error, if it leaves a file behind,
-takes more than ``SECONDS``, or more than ``MEMORY`` beyond what good input takes: the inputs run in
+An input is made from the seed and its number alone. It fails if it ends in a traceback, in an exit
+status other than 0 and 2, in more than one line of error, if it leaves a file behind, computes for
+more than ``SECONDS``, or takes more than ``MEMORY`` beyond what good input takes: the inputs run in
 a child process that the system stops.
 """
 
@@ -31,7 +31,8 @@ from random import Random
 import mutate
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 20.0  # for an input that takes some milliseconds, on a machine with other work
+SECONDS = 20.0  # of computing for an input that takes some milliseconds
+PATIENCE = 600.0  # seconds by the clock: something waits that nothing will wake
 MEMORY = 512 << 20
 BLOCK = 2500  # inputs to a child process
 ENVIRONMENT = {
@@ -211,12 +212,14 @@ def child(seed: int, first: int, count: int, report: int) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         for number in range(first, first + count):
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # unhandled: the end of this process
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # unhandled: the end of this process
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
             try:
                 accepted = TARGETS[target_of(number)](Random(f"{seed} {number}"), folder)
                 ended = "accepted" if accepted else "refused"
             except BaseException:
                 ended = "failed\n" + traceback.format_exc()
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             found = {path.name: path for path in folder.iterdir()}
             if extra := found.keys() - kept.keys():
@@ -265,8 +268,8 @@ def fuzz(seed: int, first: int, count: int) -> tuple[dict[str, Counter[str]], li
             if running.wait() != 0:
                 said.seek(0)
                 words = said.read().decode(errors="replace")[-2000:]
-                alarm = f"; {-signal.SIGALRM} says that {SECONDS:.0f} s were up"
-                failed(first, f"ended the process with {running.returncode}{alarm}\n{words}")
+                alarms = f"{-signal.SIGPROF} and {-signal.SIGALRM} say that its time was up"
+                failed(first, f"ended the process with {running.returncode}; {alarms}\n{words}")
                 counts[target_of(first)]["failed"] += 1
                 first += 1
     return counts, failures

@@ -208,7 +208,7 @@ def test_a_server_that_does_not_deliver(
     with pytest.raises(MinibertError, match="cannot be downloaded") as raised:
         hub.fetch(url(server), PIN, tmp_path, timeout_s=0.3)
     assert re.search(message, str(raised.value))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert not (tmp_path / PIN.name).exists()
 
 

@@ -68,6 +68,7 @@ def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.jsonl", "2.jsonl", "in.txt"]
 
 
+@pytest.mark.slow
 def test_a_line_that_another_process_cannot_read(folder: Path, tmp_path: Path) -> None:
     given = queries(tmp_path / "in.txt", 3 * POOL)
     raw = given.read_bytes().split(b"\n")
