@@ -5,6 +5,7 @@ Every function takes a ``random.Random``, so that the same seed gives the same i
 
 from __future__ import annotations
 
+import copy
 import json
 from random import Random
 from typing import Any
@@ -102,7 +103,8 @@ def json_(draw: Random, value: Any) -> str:
                 twice = f"{dumps(holder[key])},{dumps(key)}:{dumps(draw.choice(VALUES))}"
                 holder[key] = Raw(twice)
             case _:
-                holder[key] = draw.choice(VALUES)
+                # A copy: the next change may be made inside it, and VALUES must stay as they are.
+                holder[key] = copy.deepcopy(draw.choice(VALUES))
     return dumps(root[""])
 
 

@@ -330,3 +330,10 @@ def test_an_error_is_one_line_whatever_is_in_it() -> None:
 def test_the_same_number_is_the_same_input() -> None:
     draws = [mutate.text_(fuzz.Random("7 3"), 5) for _ in range(2)]
     assert draws[0] == draws[1] != mutate.text_(fuzz.Random("7 4"), 5)
+    raw = {"a": [1, {"b": 2}], "c": {}}
+    before = str(mutate.VALUES)
+    for number in range(500):
+        made = [mutate.json_(fuzz.Random(str(number)), raw) for _ in range(2)]
+        assert made[0] == made[1]
+    assert str(mutate.VALUES) == before, "an input must not depend on those before it"
+    assert raw == {"a": [1, {"b": 2}], "c": {}}
