@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from minibert import data, democorpus, hub
 from minibert.attention import IMPLEMENTATIONS
+from minibert.averaging import WeightAverage
 from minibert.curve import text_curve, write_png
 from minibert.data import Batch, Example, Sentence
 from minibert.evaluation import evaluate
@@ -33,7 +34,6 @@ from minibert.model import BertForTokenClassification
 from minibert.optim import (
     SEMANTICS,
     LossScaler,
-    WeightAverage,
     bert_groups,
     choose_adamw,
     linear_schedule,
@@ -146,7 +146,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
 
     # Optimiser and schedule: the learning rate is a pure function of the step.
     optimizer, reason = choose_adamw(
-        bert_groups(model, recipe.weight_decay), recipe.optimizer, recipe.eps
+        bert_groups(model, recipe.weight_decay), recipe.optimizer, recipe.eps, options.plain_adamw
     )
     print(f"attention {model.attn_implementation}, AdamW {reason}")
     average = WeightAverage(model.parameters(), recipe.average)
@@ -302,6 +302,9 @@ def parse() -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--orphans", choices=("refuse", "repair"), default="refuse")
     parser.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of autocast")
+    parser.add_argument(
+        "--plain-adamw", action="store_true", help="one operation at a time: the reference's bits"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", choices=RECIPES, default="default")

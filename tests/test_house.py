@@ -14,6 +14,7 @@ FLOORS = (
     {"files", "layout", "numerics"},
     {"kernels"},
     {
+        "averaging",
         "config",
         "curve",
         "decoding",
