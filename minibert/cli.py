@@ -86,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity.add_argument("directory", metavar="DIR", help="a checkpoint with its tokenizer")
     parity.add_argument("text", nargs="*", help="sentences to run; default: three of its own")
-    parity.add_argument("--attn", nargs="+", choices=("eager", "sdpa"), default=("eager", "sdpa"))
+    parity.add_argument(
+        "--attn", nargs="+", choices=("eager", "sdpa", "fused"), default=("eager", "sdpa")
+    )
+    parity.add_argument("--device", default="cpu", help="cpu, cuda, ...; fused needs cuda")
     parity.add_argument(
         "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=("fp32", "bf16", "fp16")
     )
@@ -261,7 +264,9 @@ def _parity(options: argparse.Namespace) -> int:
     from minibert.verdict import table, to_dict
 
     texts = options.text or TEXTS
-    comparisons = compare(options.directory, texts, options.attn, options.dtype, options.layouts)
+    comparisons = compare(
+        options.directory, texts, options.attn, options.dtype, options.layouts, options.device
+    )
     if options.html is not None:
         write_text(options.html, page(options.directory, texts, comparisons))
     kept = all(comparison.kept for comparison in comparisons)

@@ -48,7 +48,7 @@ other mean the same error, and where the bits are equal it is the same numbers.<
 
 
 def _section(c: Comparison) -> str:
-    heading = escape(f"{c.attn} {c.dtype} {c.layout}")
+    heading = escape(c.title)
     return (
         f"<h2>{heading}</h2><p>{escape(c.promise)}: {_verdict(c.kept, 'kept', 'broken')}</p>"
         f"{picture(c)}<details><summary>Every tensor</summary><pre>{escape(table(c, full=True))}"

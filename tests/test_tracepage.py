@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-HOVER_MS, HEAD_MS = 100, 500  # with 512 pieces: to light a token, to show another head
+HOVER_MS, HEAD_MS = 100, 300  # with 512 pieces: to light a token, to show another head
 NEAREST = """((colour) => {
     const gaps = ramp.map((known) => Math.hypot(...known.map((x, i) => x - colour[i])));
     return weight(gaps.indexOf(Math.min(...gaps)));
@@ -60,8 +60,10 @@ class Opened:
 
     def shown(self, layer: int, head: int) -> None:
         """Wait until that head is drawn."""
-        wanted = f"Layer {layer}, head {head}"
-        self.page.wait_for_function(f"$('map-title').textContent === '{wanted}'")
+        from playwright.sync_api import expect
+
+        # No wait_for_function: it asks for eval, which the page's policy forbids.
+        expect(self.page.locator("#map-title")).to_have_text(f"Layer {layer}, head {head}")
 
     def run(self, code: str):
         return self.page.evaluate(code)
@@ -169,8 +171,11 @@ def test_the_map_is_drawn_and_drawn_anew_at_every_width_and_in_the_dark(
     opened: Opened, inside: Inside
 ) -> None:
     cells = f"""(() => {{
-        const canvas = $("map");
-        const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        const canvas = document.createElement("canvas"); // a copy, to be read from memory
+        [canvas.width, canvas.height] = [$("map").width, $("map").height];
+        const pen = canvas.getContext("2d", {{willReadFrequently: true}});
+        pen.drawImage($("map"), 0, 0);
+        const image = pen.getImageData(0, 0, canvas.width, canvas.height).data;
         return [...Array(S * S).keys()].map((i) => {{
             const at = (k, start) => Math.round((start + (k + 0.3) * grid.cell) * devicePixelRatio);
             const pixel = at(Math.floor(i / S), grid.top) * canvas.width + at(i % S, grid.left);
@@ -184,8 +189,8 @@ def test_the_map_is_drawn_and_drawn_anew_at_every_width_and_in_the_dark(
         for scheme in ("light", "dark"):
             opened.page.set_viewport_size({"width": width, "height": 700})
             opened.page.emulate_media(color_scheme=scheme)
-            opened.page.wait_for_function("$('map').getBoundingClientRect().right <= innerWidth")
-            opened.page.wait_for_timeout(100)  # the observer of sizes, and the head inflated anew
+            opened.page.wait_for_timeout(200)  # the observer of sizes, and the head inflated anew
+            assert opened.run("$('map').getBoundingClientRect().right <= innerWidth")
             assert opened.run("document.documentElement.scrollWidth <= innerWidth")
             assert opened.run(cells) == close_to(inside.maps[2][8].flatten())
             backgrounds.add(opened.run("getComputedStyle(document.body).backgroundColor"))
@@ -225,10 +230,9 @@ def test_the_table_says_what_the_model_says(opened: Opened, inside: Inside) -> N
         assert cells[0] == inside.pieces[place]
         assert cells[1] == ("" if word is None else inside.words[word])
         for cell, layer in zip(cells[2:], inside.predictions):
-            assert cell.split() == [
-                layer[place].name,
-                str(round(100 * round(layer[place].score, 3))),
-            ]
+            name, percent = cell.split()
+            assert name == layer[place].name
+            assert int(percent) == pytest.approx(100 * layer[place].score, abs=0.6)
         assert cells[9].split()[:1] == ([] if word is None else [inside.labels[word].name])
     marks = opened.page.locator("#sentence mark").all_inner_texts()
     assert len(marks) == len(inside.entities) > 0
@@ -272,30 +276,35 @@ def test_the_policy_forbids_what_is_not_the_pages_own(browser, inside, tmp_path:
 
 
 def test_512_pieces_stay_quick(browser, tagger: Tagger, tmp_path: Path) -> None:  # noqa: F811
-    """The best of several tries, for a busy machine is not a fault of the page."""
+    """In processor time of the page's thread, for a busy machine is not a fault of the page."""
     inside = look(tagger, LONG)
     html = page_of("long", inside)
     assert len(inside.pieces) == 512
     assert len(html) < 8e6  # 72 maps
     opened = Opened(browser, tmp_path / "page.html", html)
-    took = """async (act, done) => {
-        const start = performance.now();
-        act();
-        while (!done()) await new Promise((resolve) => setTimeout(resolve));
-        await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
-        return performance.now() - start;
-    }"""  # until it is painted
-    over = 'new PointerEvent("pointerover", {bubbles: true})'
-    hover = (
-        f'({took})(() => $("tokens").children[%d].dispatchEvent({over}), () => state.token === %d)'
-    )
-    head = f"""({took})(
-        () => $("heads").querySelectorAll("button")[%d].click(),
-        () => $("map-title").textContent === "Layer 3, head %d")"""
-    hovers = [opened.run(hover % (i, i)) for i in (500, 7, 250, 100, 3)]
-    heads = [opened.run(head % (36 + i, i)) for i in (5, 2, 9, 0)]
+    tools = opened.page.context.new_cdp_session(opened.page)
+    tools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy() -> float:
+        """Milliseconds that the thread has worked: scripts, styles, layout, painting."""
+        opened.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+        found = tools.send("Performance.getMetrics")["metrics"]
+        return 1000 * next(m["value"] for m in found if m["name"] == "TaskDuration")
+
+    hovers, heads = [], []
+    for index in (5, 70, 20):
+        start = busy()
+        opened.token(index).hover()
+        hovers.append(busy() - start)
+        assert opened.run("state.token") == index
+    for head in (5, 2, 9):
+        start = busy()
+        opened.page.locator("#head").select_option(str(head))
+        opened.shown(0, head)
+        heads.append(busy() - start)
+    print(f"hover {hovers}, head {heads} ms")
     assert min(hovers) < HOVER_MS, hovers
     assert min(heads) < HEAD_MS, heads
-    opened.token(300).hover()
-    assert opened.lit() == pytest.approx(inside.maps[3][0][300].tolist(), abs=0.035)
+    opened.token(30).hover()
+    assert opened.lit() == pytest.approx(inside.maps[0][9][30].tolist(), abs=0.035)
     opened.close()
