@@ -99,6 +99,7 @@ function drawTokens() {
     const button = make("button", inner ? "piece inner" : "piece", piece);
     button.type = "button";
     button.tabIndex = -1;
+    button.ariaPressed = "false";
     button.dataset.index = i;
     button.title = `${piece}: word-piece ${i}, id ${data.ids[i]}`;
     $("tokens").append(button);
@@ -134,16 +135,23 @@ function byteAt(other) {
   return state.way === "from" ? map[state.token * S + other] : map[other * S + state.token];
 }
 
+const lit = []; // the byte that each token shows; only what changes is touched
+
 function lightTokens() {
   const tokens = $("tokens").children;
   for (let i = 0; i < S; i++) {
-    const colour = ramp[byteAt(i)];
-    tokens[i].style.setProperty("--shade", css(colour));
-    tokens[i].style.setProperty("--over", over(colour));
-    tokens[i].classList.toggle("now", i === state.token);
-    tokens[i].classList.toggle("held", i === state.token && state.held);
-    tokens[i].ariaPressed = String(i === state.token && state.held);
-    tokens[i].tabIndex = i === state.token ? 0 : -1;
+    const byte = byteAt(i);
+    if (byte === lit[i]) continue;
+    lit[i] = byte;
+    tokens[i].style.setProperty("--shade", css(ramp[byte]));
+    tokens[i].style.setProperty("--over", over(ramp[byte]));
+  }
+  for (const token of [...$("tokens").querySelectorAll(".now"), tokens[state.token]]) {
+    const now = token === tokens[state.token];
+    token.classList.toggle("now", now);
+    token.classList.toggle("held", now && state.held);
+    token.ariaPressed = String(now && state.held);
+    token.tabIndex = now ? 0 : -1;
   }
 }
 
@@ -184,7 +192,8 @@ function drawMap() {
   const pen = canvas.getContext("2d");
   const font = (cell) => `${Math.min(13, Math.max(9, cell * 0.6))}px ui-monospace, "DejaVu Sans Mono", monospace`;
   pen.font = font(room / S);
-  const widest = Math.max(...data.pieces.map((piece) => pen.measureText(clipped(piece)).width));
+  const measure = (piece) => pen.measureText(clipped(piece)).width;
+  const widest = room / S < 11 ? room : Math.max(...data.pieces.map(measure));
   const labelled = (room - widest - 8) / S >= 11;
   grid.left = grid.top = labelled ? Math.ceil(widest) + 8 : 0;
   grid.cell = Math.min(48, (room - grid.left) / S);
@@ -295,6 +304,7 @@ async function showHead(layer, head) {
 
 function recolour() {
   readRamp();
+  lit.length = 0;
   paint($("ramp"), Uint8Array.from({ length: data.levels + 1 }, (_, i) => i), data.levels + 1);
   drawHeads();
   showHead(state.layer, state.head);
