@@ -29,7 +29,8 @@ FLOORS = (
     {"attention", "data"},
     {"model", "democorpus"},
     {"tagger", "verify", "info", "tracing", "reference", "paritypage"},
-    {"evaluation", "parity"},
+    {"evaluation", "parity", "inside"},
+    {"tracepage", "heatmap"},
     {"cli"},
 )
 FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
