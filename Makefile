@@ -8,11 +8,7 @@ PYTHON ?= $(VENV)/bin/python
 export MALLOC_MMAP_THRESHOLD_ = 1073741824
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-<<<<<<< HEAD
-.PHONY: demo test test-slow gpu-test gpu-bench bench bench-full check train scores format clean
-=======
-.PHONY: demo test test-slow gpu-test gpu-bench check docs train scores format clean
->>>>>>> main
+.PHONY: demo test test-slow gpu-test gpu-bench bench bench-full check docs train scores format clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
