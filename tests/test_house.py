@@ -28,7 +28,7 @@ FLOORS = (
     {"attention", "data"},
     {"model", "democorpus"},
     {"tagger", "verify", "info", "tracing", "reference", "paritypage"},
-    {"evaluation", "parity", "inside"},
+    {"evaluation", "parity", "inside", "tagfile"},
     {"tracepage", "heatmap"},
     {"cli"},
 )
