@@ -29,7 +29,7 @@ FLOORS = (
     {"attention", "data"},
     {"model", "democorpus"},
     {"tagger", "verify", "info", "tracing", "reference", "paritypage"},
-    {"evaluation", "parity", "inside"},
+    {"evaluation", "parity", "inside", "tagfile"},
     {"tracepage", "heatmap"},
     {"cli"},
 )
