@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+TEMPORARY = ".unfinished"  # how the names of temporary files and directories end
 
 
 class MinibertError(Exception):
@@ -35,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -58,6 +61,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; see ``replacing``."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in and below a directory."""
+    for path in list(directory.rglob(f".*{TEMPORARY}")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_text(path: Path, remedy: str) -> str:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "minibert"
 
 # From the ground up. A module imports from floors below its own, or beside it on the ground.
 FLOORS = (
-    {"files", "layout", "numerics"},
+    {"files", "layout", "numerics", "distributed"},
     {"kernels"},
     {
         "config",
@@ -25,9 +25,9 @@ FLOORS = (
         "weights",
         "verdict",
     },
-    {"attention", "data"},
+    {"attention", "data", "checkpoint"},
     {"model", "democorpus"},
-    {"tagger", "verify", "info", "tracing", "reference", "paritypage"},
+    {"tagger", "verify", "info", "tracing", "reference", "paritypage", "recipe"},
     {"evaluation", "parity"},
     {"cli"},
 )
