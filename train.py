@@ -116,7 +116,9 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
         print(checkpoints.resume(run))
     else:
         checkpoints.begin(total_steps)
-    shared_model = team.wrap(model)
+    with autocast:
+        some_batch = collate(examples[:1], recipe.layout, tokenizer.pad_id, device)
+        shared_model = team.wrap(model, **some_batch.inputs)
     stop = Stop(team)
 
     for epoch in range(max(0, run.step - 1) // steps_per_epoch + 1, recipe.epochs + 1):

@@ -343,9 +343,10 @@ def restore_generators(tensors: dict[str, Tensor], team: Team, seed: int) -> Non
     if team.rank >= len(states):
         seed_apart(team, seed)
         return
-    torch.set_rng_state(states[team.rank])
+    # clone: torch reads the memory from its beginning, wherever the row begins.
+    torch.set_rng_state(states[team.rank].clone())
     if "generator.cuda" in tensors and team.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["generator.cuda"][team.rank], team.device)
+        torch.cuda.set_rng_state(tensors["generator.cuda"][team.rank].clone(), team.device)
 
 
 def seed_apart(team: Team, seed: int) -> None:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from minibert.files import MinibertError
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # for the others while the writer evaluates
 
@@ -70,14 +72,23 @@ class Team:
         if self.size > 1 and self.is_writer:
             dist.barrier()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the processes after each backward pass."""
+    def wrap(self, model: nn.Module, **inputs: object) -> nn.Module:
+        """The model, its gradients averaged over the processes after each backward pass.
+
+        Args:
+            model: gives an output with a ``loss``.
+            inputs: some batch, the same in every process; nothing is learned of it.
+        """
         if self.size == 1:
             return model
-        # Left to itself it rearranges the gradients after its first step. Sums over three or more
-        # processes would then round otherwise in the first step after a resumption than without
-        # it. Asked to look for unused parameters, it keeps the arrangement it starts with.
-        return DistributedDataParallel(model, find_unused_parameters=True)
+        # Its first backward pass teaches torch in which order the gradients come, and from the
+        # next one on it arranges them so. Sums over three or more processes round by the
+        # arrangement: without a pass ahead, the first step after a resumption would differ.
+        shared = DistributedDataParallel(model)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            shared(**inputs).loss.backward()
+        model.zero_grad()
+        return shared
 
     def reduction(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """Around one batch of several: only the ``last`` one's backward pass averages them all."""
@@ -92,6 +103,9 @@ def team_on(device: torch.device) -> Iterator[Team]:
 
     Args:
         device: where to train; of several GPUs every process takes its own.
+
+    Raises:
+        MinibertError: another process has ended and left this one alone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -103,5 +117,12 @@ def team_on(device: torch.device) -> Iterator[Team]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Team(dist.get_rank(), size, device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise MinibertError(
+            "another process of the run has ended: its own last line, or torchrun's, says why: "
+            "when that is mended, go on with --resume"
+        ) from None
     finally:
         dist.destroy_process_group()

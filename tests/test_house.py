@@ -11,8 +11,8 @@ PACKAGE = ROOT / "minibert"
 
 # From the ground up. A module imports from floors below its own, or beside it on the ground.
 FLOORS = (
-    {"files", "layout", "numerics", "distributed"},
-    {"kernels"},
+    {"files", "layout", "numerics"},
+    {"kernels", "distributed"},
     {
         "config",
         "curve",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -80,14 +81,22 @@ class Run:
         arguments: of train.py.
         printed: file for its stdout and stderr, appended to.
         fatal_call: at the how-manieth call that changes the disk it kills itself; 0: at none.
+        environment: variables set in it.
     """
 
-    def __init__(self, arguments: list, printed: Path, fatal_call: int = 0):
+    def __init__(
+        self,
+        arguments: list,
+        printed: Path,
+        fatal_call: int = 0,
+        environment: dict[str, str] | None = None,
+    ):
         self.printed = printed
         printed.touch()
         self.start = printed.stat().st_size
         self.process: BaseProcess = SERVER.Process(
-            target=train_here, args=([str(a) for a in arguments], str(printed), fatal_call)
+            target=train_here,
+            args=([str(a) for a in arguments], str(printed), fatal_call, environment or {}),
         )
         self.process.start()
 
@@ -116,9 +125,25 @@ class Run:
             time.sleep(0.001)
 
 
-def train_here(arguments: list[str], printed: str, fatal_call: int) -> None:
+def run_team(size: int, arguments: list, folder: Path) -> list[Run]:
+    """Several processes that train together, connected as torchrun connects them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    return [
+        Run(arguments, folder / f"rank{rank}.txt", 0, shared | {"RANK": str(rank)})
+        for rank in range(size)
+    ]
+
+
+def train_here(
+    arguments: list[str], printed: str, fatal_call: int, environment: dict[str, str]
+) -> None:
     """In the new process: train.py with these arguments."""
     import torch
+
+    os.environ.update(environment)
 
     sys.path.insert(0, str(ROOT))
     import train
