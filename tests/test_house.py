@@ -89,3 +89,13 @@ def test_the_readme_maps_every_module() -> None:
     readme = (ROOT / "README.md").read_text()
     for name in {room(path) for path in modules()} - {"__init__"}:
         assert f"`{name}.py`" in readme or f"`{name}/`" in readme, name
+
+
+def test_every_test_the_reliability_page_names_exists() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+    rows = [line for line in page.splitlines() if line.startswith("|")][2:]
+    assert all("::test_" in row for row in rows), "every promise has a test"
