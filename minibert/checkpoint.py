@@ -209,7 +209,7 @@ class Checkpoints:
         restore_generators(found.tensors, self.team, int(self.arguments["seed"]) + training.step)
         if changes := differences(state["machine"], self.machine):
             notes.append(f"{'; '.join(changes)}: the run goes on, but equal to rounding only")
-        self._prepare([])
+        self._prepare(list_of(self.folder)[: -self.keep])  # killed before it could remove them
         return "\n".join([*notes, f"resumed from {found.path}"])
 
 

@@ -80,7 +80,8 @@ class Run:
     Args:
         arguments: of train.py.
         printed: file for its stdout and stderr, appended to.
-        fatal_call: at the how-manieth call that changes the disk it kills itself; 0: at none.
+        fatal: ("disk", n): it kills itself at the n-th call that changes the disk, whatever for;
+            ("checkpoint", n): at the n-th step of writing checkpoints; None: at none.
         environment: variables set in it.
     """
 
@@ -88,7 +89,7 @@ class Run:
         self,
         arguments: list,
         printed: Path,
-        fatal_call: int = 0,
+        fatal: tuple[str, int] | None = None,
         environment: dict[str, str] | None = None,
     ):
         self.printed = printed
@@ -96,7 +97,7 @@ class Run:
         self.start = printed.stat().st_size
         self.process: BaseProcess = SERVER.Process(
             target=train_here,
-            args=([str(a) for a in arguments], str(printed), fatal_call, environment or {}),
+            args=([str(a) for a in arguments], str(printed), fatal, environment or {}),
         )
         self.process.start()
 
@@ -132,13 +133,16 @@ def run_team(size: int, arguments: list, folder: Path) -> list[Run]:
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     return [
-        Run(arguments, folder / f"rank{rank}.txt", 0, shared | {"RANK": str(rank)})
+        Run(arguments, folder / f"rank{rank}.txt", None, shared | {"RANK": str(rank)})
         for rank in range(size)
     ]
 
 
 def train_here(
-    arguments: list[str], printed: str, fatal_call: int, environment: dict[str, str]
+    arguments: list[str],
+    printed: str,
+    fatal: tuple[str, int] | None,
+    environment: dict[str, str],
 ) -> None:
     """In the new process: train.py with these arguments."""
     import torch
@@ -153,13 +157,19 @@ def train_here(
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     torch.set_num_threads(1)
-    if fatal_call:
-        die_at(fatal_call)
+    if fatal:
+        die_at(*fatal)
     sys.exit(train.main(arguments))
 
 
-def die_at(call: int) -> None:
-    """Have SIGKILL come at the ``call``-th change to the disk: just before it or just after it."""
+def die_at(kind: str, call: int) -> None:
+    """Have SIGKILL come at the ``call``-th of some calls: just before it or just after it."""
+    from minibert import checkpoint, weights
+
+    places = {
+        "disk": [(os, name) for name in ("fsync", "replace", "mkdir", "rmdir", "unlink")],
+        "checkpoint": [(weights, "write"), (checkpoint, "described"), (checkpoint, "sync")],
+    }
     count = 0
 
     def deadly(function):
@@ -175,8 +185,8 @@ def die_at(call: int) -> None:
 
         return wrapped
 
-    for name in ("fsync", "replace", "mkdir", "rmdir", "unlink"):
-        setattr(os, name, deadly(getattr(os, name)))
+    for module, name in places[kind]:
+        setattr(module, name, deadly(getattr(module, name)))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
