@@ -8,7 +8,7 @@ PYTHON ?= $(VENV)/bin/python
 export MALLOC_MMAP_THRESHOLD_ = 1073741824
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-.PHONY: demo test test-slow gpu-test gpu-bench check train scores format clean
+.PHONY: demo test test-slow gpu-test gpu-bench check docs train scores format clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
@@ -16,7 +16,7 @@ endif
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot,docs]'
 	touch $@
 
 weights/minilm/model.safetensors: | $(SETUP)
@@ -45,6 +45,11 @@ check: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# The pages of docs/ as a site, in build/docs; a broken link or anchor is an error.
+docs: $(SETUP)
+	$(PYTHON) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
 
 # The paper's run; downloads the weights (436 MB) and the corpus if they are not there, and goes on
 # where it was interrupted.

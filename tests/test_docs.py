@@ -1,0 +1,80 @@
+"""The documentation: its code prints what the pages say, its links hold, its site builds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.pages import BLOCK, ROOT, blocks, run
+
+DOCS = ROOT / "docs"
+PAGES = sorted(page for page in DOCS.glob("*.md") if BLOCK.search(page.read_text("utf-8")))
+TEXTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("notebooks/*.ipynb"))]
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+ARXIV = re.compile(r"arXiv[: ](\S+?)[),.;]*(?=\s|$)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_on_a_page_prints_what_the_page_says(
+    page: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {"__name__": page.stem}
+    found = list(blocks(page.read_text("utf-8")))
+    for block in sorted(found, key=lambda block: block.needs is not None):  # what may skip is last
+        if block.needs is not None:
+            request.getfixturevalue(block.needs)
+        assert run(page, block, names) == block.output, (
+            f"{page.name}:{block.line}: if that is right, python -m tests.pages docs/{page.name}"
+        )
+
+
+def test_every_page_with_code_is_found() -> None:
+    fences = {page.name for page in DOCS.glob("*.md") if "```python" in page.read_text("utf-8")}
+    assert {page.name for page in PAGES} == fences
+    assert {"reading-order.md", "numerics.md", "optimiser.md"} <= fences
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert text.count("```python\n") == len(list(blocks(text)))
+        assert text.count("```text\n") == sum(bool(block.output) for block in blocks(text))
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Broken links between pages, and to headings that do not exist, are warnings of MyST."""
+    sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    built = subprocess.run([*sphinx, DOCS, tmp_path], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in DOCS.glob("*.md"):
+        html = (tmp_path / f"{page.stem}.html").read_text("utf-8")
+        fetched = re.findall(r'<(?:script|img|iframe)[^>]+src="(?!_static/)([^"]+)"', html)
+        fetched += re.findall(r'<link[^>]+rel="stylesheet"[^>]+href="(?!_static/)([^"]+)"', html)
+        assert not fetched, "the site must read without a network"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Files must exist; of addresses elsewhere only the form is looked at."""
+    text = page.read_text("utf-8")
+    for target in LINK.findall(text):
+        address = urlsplit(target)
+        if address.scheme:
+            assert address.scheme == "https", target
+            assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", address.netloc), target
+        elif address.path:
+            assert (page.parent / address.path).exists(), f"{page.name}: {target}"
+    for number in ARXIV.findall(text):
+        assert re.fullmatch(r"\d{4}\.\d{4,5}", number), f"{page.name}: arXiv {number}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    named = re.findall(
+        r"`((?:minibert|tests|benchmarks|notebooks)/[\w/.-]+)`", page.read_text("utf-8")
+    )
+    for name in named:
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
