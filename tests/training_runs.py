@@ -145,9 +145,13 @@ def train_here(
     environment: dict[str, str],
 ) -> None:
     """In the new process: train.py with these arguments."""
+    import threading
+
     import torch
+    from tqdm import tqdm
 
     os.environ.update(environment)
+    tqdm.set_lock(threading.RLock())  # its own would outlive a process that is killed
 
     sys.path.insert(0, str(ROOT))
     import train
