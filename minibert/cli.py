@@ -1,4 +1,4 @@
-"""The command line: ``minibert tag | evaluate | parity | download | verify | info``.
+"""The command line: ``minibert tag | trace | evaluate | parity | download | verify | info``.
 
 What a command needs is imported when it runs, so that help and errors come at once.
 """
@@ -40,8 +40,20 @@ def _parser() -> argparse.ArgumentParser:
     tag = commands.add_parser("tag", help="find the entities in text")
     tag.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
     tag.add_argument("text", nargs="*", help="one sentence; default: standard input, one a line")
+    tag.add_argument("--json", action="store_true", help="print JSON")
     _running(tag)
     tag.set_defaults(run=_tag)
+
+    trace = commands.add_parser("trace", help="look at what a model does with a text")
+    trace.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
+    trace.add_argument("text", nargs="*", help="default: standard input, all of it")
+    trace.add_argument("--html", metavar="FILE", type=Path, help="write a page to look around in")
+    trace.add_argument("--png", metavar="FILE", type=Path, help="draw attention maps")
+    trace.add_argument("--layer", type=int, help="draw this layer only, from 0")
+    trace.add_argument("--head", type=int, help="draw this head only, from 0")
+    trace.add_argument("--window", type=int, default=1, help="of a text longer than the model")
+    _running(trace)
+    trace.set_defaults(run=_trace)
 
     evaluate = commands.add_parser("evaluate", help="score a model on a BIO file")
     evaluate.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
@@ -52,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         default="refuse",
         help="an I- tag that continues nothing: an error, or read as B- (default: refuse)",
     )
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
     _running(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -73,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity.add_argument("directory", metavar="DIR", help="a checkpoint with its tokenizer")
     parity.add_argument("text", nargs="*", help="sentences to run; default: three of its own")
-    parity.add_argument("--attn", nargs="+", choices=("eager", "sdpa"), default=("eager", "sdpa"))
+    parity.add_argument(
+        "--attn", nargs="+", choices=("eager", "sdpa", "fused"), default=("eager", "sdpa")
+    )
+    parity.add_argument("--device", default="cpu", help="cpu, cuda, ...; fused needs cuda")
     parity.add_argument(
         "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=("fp32", "bf16", "fp16")
     )
@@ -102,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _running(command: argparse.ArgumentParser) -> None:
     """The options of every command that runs a model."""
-    command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--attn", choices=("auto", "eager", "sdpa", "fused"), default="auto")
     command.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -127,7 +142,12 @@ def _tagger(options: argparse.Namespace):
     )
 
 
-def _tag(options: argparse.Namespace) -> int:
+def _given(options: argparse.Namespace) -> str:
+    """The text of the command line, empty where there is none.
+
+    Raises:
+        MinibertError: it is not UTF-8.
+    """
     given = " ".join(options.text)
     try:
         given.encode("utf-8")
@@ -135,6 +155,11 @@ def _tag(options: argparse.Namespace) -> int:
         raise MinibertError(
             f"argument: character {error.start + 1} is not UTF-8: convert the text first"
         ) from None
+    return given
+
+
+def _tag(options: argparse.Namespace) -> int:
+    given = _given(options)
     tagger = _tagger(options)
     texts = [given] if options.text else _lines()
     kept: list[str] = []  # texts that are on their way through the tagger, in order
@@ -151,6 +176,25 @@ def _tag(options: argparse.Namespace) -> int:
             print(json.dumps({"text": text, "entities": entities}, ensure_ascii=False))
         else:
             print(_marked(text, found))
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from minibert import heatmap
+    from minibert.files import write_text
+    from minibert.inside import look, terminal
+    from minibert.tracepage import page
+
+    if options.png is None and not options.layer is options.head is None:
+        raise MinibertError("--layer and --head say what --png draws: add --png FILE")
+    text = _given(options) if options.text else "\n".join(_lines())
+    inside = look(_tagger(options), text, options.window)
+    if options.png is not None:
+        heatmap.write_png(inside, options.png, options.layer, options.head)
+    if options.html is not None:
+        write_text(options.html, page(options.directory, inside))
+    if options.png is None and options.html is None:
+        print(_marked(inside.text, inside.entities), terminal(inside), sep="\n\n")
     return 0
 
 
@@ -220,7 +264,9 @@ def _parity(options: argparse.Namespace) -> int:
     from minibert.verdict import table, to_dict
 
     texts = options.text or TEXTS
-    comparisons = compare(options.directory, texts, options.attn, options.dtype, options.layouts)
+    comparisons = compare(
+        options.directory, texts, options.attn, options.dtype, options.layouts, options.device
+    )
     if options.html is not None:
         write_text(options.html, page(options.directory, texts, comparisons))
     kept = all(comparison.kept for comparison in comparisons)

@@ -28,7 +28,8 @@ FLOORS = (
     {"attention", "data", "checkpoint"},
     {"model", "democorpus"},
     {"tagger", "verify", "info", "tracing", "reference", "paritypage", "recipe"},
-    {"evaluation", "parity"},
+    {"evaluation", "parity", "inside"},
+    {"tracepage", "heatmap"},
     {"cli"},
 )
 FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
