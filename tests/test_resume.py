@@ -35,6 +35,7 @@ KILLS = 25
 def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     demo_files(folder)
+    assert Run(["--help"], folder / "help.txt").wait() == 0  # the server has loaded everything
     return folder
 
 
