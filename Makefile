@@ -8,7 +8,7 @@ PYTHON ?= $(VENV)/bin/python
 export MALLOC_MMAP_THRESHOLD_ = 1073741824
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-.PHONY: demo test test-slow gpu-test gpu-bench check docs train scores format clean
+.PHONY: demo test test-slow fuzz gpu-test gpu-bench check docs train scores format clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
@@ -33,6 +33,10 @@ test: $(SETUP) weights/minilm/model.safetensors
 
 test-slow: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m pytest -m slow
+
+# Fifty thousand mutated inputs, other ones each time; prints how to repeat the one that fails.
+fuzz: $(SETUP)
+	$(PYTHON) tests/fuzz.py --count 50000
 
 # Need a CUDA device; without one they say so.
 gpu-test: $(SETUP) weights/minilm/model.safetensors

@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from minibert import __version__
-from minibert.files import MinibertError
+from minibert.files import MinibertError, replacing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; exit status 0, 1 where a verification fails, 2 for bad input."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse gives up on a text that stands behind an option; it belongs to the text all the same.
+    options, rest = parser.parse_known_args(arguments)
+    if rest and ("text" not in options or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.text += rest
     try:
         return options.run(options)
     except MinibertError as error:
@@ -41,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     tag.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
     tag.add_argument("text", nargs="*", help="one sentence; default: standard input, one a line")
     tag.add_argument("--json", action="store_true", help="print JSON")
+    tag.add_argument(
+        "--file",
+        metavar="IN",
+        type=Path,
+        help="one sentence a line; the processes of torchrun share it",
+    )
+    tag.add_argument(
+        "--output", metavar="OUT", type=Path, help="written whole or not at all; default: printed"
+    )
     _running(tag)
     tag.set_defaults(run=_tag)
 
@@ -159,23 +176,24 @@ def _given(options: argparse.Namespace) -> str:
 
 
 def _tag(options: argparse.Namespace) -> int:
+    from minibert.tagfile import connected, numbered, opened, own_device, rank_and_size, tag_lines
+
     given = _given(options)
+    rank, size = rank_and_size()
+    if options.text and options.file:
+        raise MinibertError("argument: a text and --file: give one of them")
+    if size > 1 and not options.file:
+        raise MinibertError(f"{size} processes cannot share a text: give them a --file")
+    if options.file:
+        lines, source = opened(options.file), str(options.file)
+    elif options.text:
+        lines, source = iter([(1, given.encode())]), "argument"
+    else:
+        lines, source = numbered(sys.stdin.buffer), "standard input"
+    options.device = own_device(options.device)
     tagger = _tagger(options)
-    texts = [given] if options.text else _lines()
-    kept: list[str] = []  # texts that are on their way through the tagger, in order
-
-    def remembering() -> Iterator[str]:
-        for text in texts:
-            kept.append(text)
-            yield text
-
-    for found in tagger.tag_texts(remembering()):
-        text = kept.pop(0)
-        if options.json:
-            entities = [entity._asdict() for entity in found]
-            print(json.dumps({"text": text, "entities": entities}, ensure_ascii=False))
-        else:
-            print(_marked(text, found))
+    with connected(), _written(options.output if rank == 0 else None) as write:
+        tag_lines(tagger, lines, source, _as_json if options.json else _marked, write)
     return 0
 
 
@@ -183,11 +201,15 @@ def _trace(options: argparse.Namespace) -> int:
     from minibert import heatmap
     from minibert.files import write_text
     from minibert.inside import look, terminal
+    from minibert.tagfile import decoded, numbered
     from minibert.tracepage import page
 
     if options.png is None and not options.layer is options.head is None:
         raise MinibertError("--layer and --head say what --png draws: add --png FILE")
-    text = _given(options) if options.text else "\n".join(_lines())
+    text = _given(options)
+    if not options.text:
+        lines = numbered(sys.stdin.buffer)
+        text = "\n".join(decoded(line, "standard input") for line in lines)
     inside = look(_tagger(options), text, options.window)
     if options.png is not None:
         heatmap.write_png(inside, options.png, options.layer, options.head)
@@ -198,20 +220,37 @@ def _trace(options: argparse.Namespace) -> int:
     return 0
 
 
-def _lines() -> Iterator[str]:
-    """Standard input line by line.
+@contextmanager
+def _written(path: Path | None) -> Iterator[Callable[[bytes], object]]:
+    """What writes to a file, whole or not at all, or where there is no path to standard output."""
+    if path is None:
+        yield _print
+        return
+    # Python would end at once; this way the unfinished file is removed.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            yield file.write
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-    Raises:
-        MinibertError: a line that is not UTF-8.
-    """
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        try:
-            yield line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise MinibertError(
-                f"standard input:{number}: byte 0x{line[error.start]:02x} is not UTF-8: "
-                "convert it first"
-            ) from None
+
+def _print(raw: bytes) -> None:
+    """UTF-8 to standard output, in whatever encoding the terminal believes."""
+    try:
+        sys.stdout.buffer.write(raw)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise MinibertError(
+            f"standard output: cannot be written ({error.strerror}): free some space"
+        ) from None
+
+
+def _as_json(text: str, found: list) -> str:
+    entities = [entity._asdict() for entity in found]
+    return json.dumps({"text": text, "entities": entities}, ensure_ascii=False)
 
 
 def _marked(text: str, found: list) -> str:

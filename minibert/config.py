@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import UnionType
 
-from minibert.files import MinibertError, read_text
+from minibert.files import MinibertError, read_json
 
 # What config.json may ask for and this model does not do: anything else is an error, because
 # ignoring it would load the weights and compute something other than what they were trained for.
@@ -17,6 +17,19 @@ ONLY = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
+
+# Sizes and the most they may be, far above any BERT there is: a config.json that asks for more is
+# damaged, and is refused before a model of that size is begun.
+MOST = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 100_000,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 10_000,
+    "intermediate_size": 1_000_000,
+    "max_position_embeddings": 1_000_000,
+    "type_vocab_size": 10_000,
+}
+MOST_LABELS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,37 +57,38 @@ class BertConfig:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # id2label, in the order of the ids
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-            "type_vocab_size",
-        ):
+        for name, most in MOST.items():
             value = vars(self)[name]
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if not _is_number(value, int) or not 1 <= value <= most:
+                raise ValueError(
+                    f"{name} must be a positive integer, at most {most}, got {value!r}"
+                )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = vars(self)[name]
             if value is None and name == "classifier_dropout":
                 continue
-            if not isinstance(value, int | float) or not 0 <= value < 1:
+            if not _is_number(value, int | float) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value!r}")
         for name in ("initializer_range", "layer_norm_eps"):
             value = vars(self)[name]
-            if not isinstance(value, int | float) or not 0 < value < 1:
+            if not _is_number(value, int | float) or not 0 < value < 1:
                 raise ValueError(f"{name} must be in (0, 1), got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if not isinstance(self.pad_token_id, int) or not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id must be an id of the vocabulary: {self.pad_token_id!r}")
-        if not self.labels or len(set(self.labels)) != len(self.labels):
-            raise ValueError(f"labels must be distinct and at least one, got {self.labels!r}")
+        if not _is_number(self.pad_token_id, int) or not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be an id of the vocabulary, 0 to {self.vocab_size - 1}, "
+                f"got {self.pad_token_id!r}"
+            )
+        if not 0 < len(self.labels) <= MOST_LABELS:
+            raise ValueError(
+                f"labels must be at least one and at most {MOST_LABELS}, got {len(self.labels)}"
+            )
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must be distinct, got {self.labels!r}")
 
     @property
     def head_size(self) -> int:
@@ -108,7 +122,9 @@ class BertConfig:
         try:
             return cls(**values)
         except ValueError as error:
-            raise MinibertError(f"{source}: {error}") from None
+            raise MinibertError(
+                f"{source}: {error}: use the config.json that belongs to the weights"
+            ) from None
 
     @classmethod
     def from_file(cls, path: Path) -> BertConfig:
@@ -117,12 +133,7 @@ class BertConfig:
         Raises:
             MinibertError: unreadable, not JSON, or not a BERT this model can be.
         """
-        text = read_text(path, "name a directory that holds a BERT")
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise MinibertError(f"{path}: not valid JSON ({error}): fetch the file again") from None
-        return cls.from_dict(raw, path)
+        return cls.from_dict(read_json(path, "name a directory that holds a BERT"), path)
 
     def to_dict(self, architecture: str) -> dict:
         """The dictionary of a ``config.json`` that transformers reads the same way."""
@@ -137,20 +148,40 @@ class BertConfig:
         }
 
 
+def _is_number(value: object, kind: type | UnionType) -> bool:
+    """Whether it is one of that kind; true and false are numbers to Python alone."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _labels(raw: dict, source: Path | str) -> tuple[str, ...]:
     """The labels in the order of their ids, empty where the file names none."""
+    remedy = "use the config.json that belongs to the weights"
     id2label = raw.get("id2label")
     if id2label is None:
         count = raw.get("num_labels", 0)
-        if not isinstance(count, int) or not 0 <= count <= 100_000:
-            raise MinibertError(f"{source}: num_labels must be a count, got {count!r}")
+        if not _is_number(count, int) or not 0 <= count <= MOST_LABELS:
+            raise MinibertError(
+                f"{source}: num_labels must be a count, at most {MOST_LABELS}, got {count!r}: "
+                f"{remedy}"
+            )
         return tuple(f"LABEL_{i}" for i in range(count))
     if not isinstance(id2label, dict) or not all(isinstance(v, str) for v in id2label.values()):
-        raise MinibertError(f"{source}: id2label must map ids to label names")
+        raise MinibertError(f"{source}: id2label must map ids to label names: {remedy}")
+    if len(id2label) > MOST_LABELS:
+        raise MinibertError(
+            f"{source}: id2label has {len(id2label)} labels, more than {MOST_LABELS}: {remedy}"
+        )
+    try:
+        "".join(id2label.values()).encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 20) : error.end]
+        raise MinibertError(f"{source}: id2label: {near!r} is not Unicode: {remedy}") from None
     try:
         by_id = {int(key): label for key, label in id2label.items()}
     except ValueError:
         by_id = {}
     if sorted(by_id) != list(range(len(id2label))):
-        raise MinibertError(f"{source}: id2label must number its labels 0, 1, 2, ... without a gap")
+        raise MinibertError(
+            f"{source}: id2label must number its labels 0, 1, 2, ... without a gap: {remedy}"
+        )
     return tuple(by_id[i] for i in range(len(by_id)))

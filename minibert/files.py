@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+JSON_BYTES = 100 << 20  # of a file, at most; the largest there are hold a vocabulary of some 20 MB
+LINE = 1000  # characters of an error, at most
 
 TEMPORARY = ".unfinished"  # how the names of temporary files and directories end
 
@@ -17,8 +23,15 @@ class MinibertError(Exception):
     """A fault in what was given, not in the program.
 
     The message is one line: where (file, line), what, and what to do about it. The command line
-    prints it without a traceback and exits with 2.
+    prints it without a traceback and exits with 2. What a file or a library put into it cannot
+    break the line, nor make it endless: its two ends say where and what to do.
     """
+
+    def __init__(self, message: str):
+        line = " ".join(message.splitlines())
+        if len(line) > LINE:
+            line = f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
+        super().__init__(line)
 
 
 def home() -> Path:
@@ -89,6 +102,45 @@ def read_text(path: Path, remedy: str) -> str:
         raise MinibertError(
             f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8: save the file as UTF-8"
         ) from None
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file; see ``parse_json``.
+
+    Raises:
+        MinibertError: it cannot be read, is too large, is not UTF-8, or is not JSON.
+    """
+    if path.is_file() and path.stat().st_size > JSON_BYTES:
+        raise MinibertError(
+            f"{path}: has {path.stat().st_size} bytes, and no such file has more than "
+            f"{JSON_BYTES}: fetch the file again"
+        )
+    return parse_json(read_text(path, remedy), path)
+
+
+def parse_json(text: str, source: Path | str) -> Any:
+    """What a JSON text says, if it says one thing.
+
+    Stricter than Python's own reader, which takes NaN for a number and the last of equal keys.
+
+    Raises:
+        MinibertError: not JSON, or nested deeper than Python can follow.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {name!r} is there {times} times")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise MinibertError(f"{source}: not valid JSON ({error}): fetch the file again") from None
 
 
 def sync(path: Path) -> None:

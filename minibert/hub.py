@@ -8,16 +8,25 @@ size and SHA-256, and one that does not match never gets the good name.
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from minibert.files import MinibertError, home, replacing, sha256_of, sync
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+    from urllib.request import Request
+
+SLOWEST = 1024  # bytes a second; a server that is slower is as good as gone
 
 
 class Pin(NamedTuple):
@@ -209,7 +218,8 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
         url: of the file.
         pin: the name it gets and what it must be.
         folder: where it goes.
-        timeout_s: seconds without a byte after which the connection is given up.
+        timeout_s: seconds in which the server must begin to answer, redirections included, and then
+            deliver ``SLOWEST`` bytes a second, over each such stretch; else it is given up.
 
     Raises:
         MinibertError: no connection, an answer that is not the file, or another size or hash.
@@ -229,18 +239,31 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
         if have:
             headers["Range"] = f"bytes={have}-"
         request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        with _opened(request, timeout_s) as answer:
             if have and answer.status != 206:  # the server starts over, so do we
                 have = 0
+            elif have and not _continues(answer.headers["Content-Range"], have, pin.size):
+                part.unlink()
+                raise ConnectionError("the server continues another file, or elsewhere")
+            if answer.length is not None and have + answer.length != pin.size:
+                raise ConnectionError(
+                    f"what the server has is not the pinned file: {have + answer.length} bytes "
+                    f"instead of {pin.size}"
+                )
             with (
                 part.open("ab" if have else "wb") as file,
                 tqdm(total=pin.size, initial=have, unit="B", unit_scale=True, desc=pin.name) as bar,
             ):
+                began, then = time.monotonic(), have
                 # One byte more than the file may have is enough to know that it is not the file.
-                while have <= pin.size and (chunk := answer.read(1 << 16)):
+                while have <= pin.size and (chunk := answer.read1(1 << 16)):
                     file.write(chunk)
                     have += len(chunk)
                     bar.update(len(chunk))
+                    if time.monotonic() - began > timeout_s:
+                        if have - then < SLOWEST * timeout_s and have < pin.size:
+                            raise TimeoutError(f"{have - then} bytes in {timeout_s:.0f} s")
+                        began, then = time.monotonic(), have
             if have < pin.size and answer.length:  # bytes announced that never came
                 raise ConnectionError("the connection ended early")
     except (
@@ -248,6 +271,7 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
         http.client.HTTPException,
         TimeoutError,
         ConnectionError,
+        ValueError,  # an address that is none
     ) as error:
         reason = getattr(error, "reason", None) or error
         raise MinibertError(
@@ -268,6 +292,38 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
     sync(part)
     os.replace(part, folder / pin.name)
     return folder / pin.name
+
+
+def _opened(request: Request, timeout_s: float) -> HTTPResponse:
+    """The server's answer up to its headers.
+
+    The library's own time limit is one of every single read, so a server that sends a byte of its
+    headers now and then would hold us for ever. Hence a thread, which is left to itself if it takes
+    too long; it ends with the program.
+    """
+    import urllib.request
+
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(request, timeout=timeout_s))
+        except BaseException as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=2 * timeout_s)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {2 * timeout_s:.0f} s") from None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _continues(content_range: str | None, have: int, size: int) -> bool:
+    """Whether a part of a file begins where ours ends, and is of a file of that size."""
+    return content_range in (f"bytes {have}-{size - 1}/{size}", f"bytes {have}-{size - 1}/*")
 
 
 def _unpack_wheel(source: Source, pins: list[Pin], folder: Path) -> None:

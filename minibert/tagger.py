@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from minibert.data import TAG, Batch, Example, chunks, examples_of, packed, padded
+from minibert.data import TAG, Batch, Example, examples_of, packed, padded
 from minibert.decoding import best_labels
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
@@ -23,7 +23,10 @@ from minibert.metrics import lenient_entities
 from minibert.model import BertForTokenClassification
 from minibert.tokenizer import Tokenizer
 
+T = TypeVar("T")
+MOST_LABELS = 1000  # that well-formed sequences are chosen from, in memory quadratic in it
 POOL = 1024  # sentences that are sorted by length together; also what streaming holds in memory
+POOL_CHARACTERS = 1 << 20  # and all of them together, unless one alone has more
 
 
 class Entity(NamedTuple):
@@ -74,6 +77,16 @@ class Tagger:
                     f"config.json: the label {label!r} is none of O, B-TYPE and I-TYPE: "
                     "entities can be read from BIO labels only"
                 )
+        if model.config.max_position_embeddings < 3:
+            raise MinibertError(
+                f"config.json: max_position_embeddings is {model.config.max_position_embeddings}: "
+                "a text needs three, for a word and the two that frame it"
+            )
+        if len(model.config.labels) > MOST_LABELS:
+            raise MinibertError(
+                f"config.json: has {len(model.config.labels)} labels, more than the {MOST_LABELS} "
+                "that a tagger can choose well-formed ones from: use a model for entities"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
@@ -156,11 +169,11 @@ class Tagger:
 
     def label(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Label]]:
         """One label for every word of every sentence, in order, as a stream."""
-        for pool in chunks(sentences, POOL):
+        for pool in pools(sentences, lambda words: sum(len(word) + 1 for word in words)):
             yield from self._label_pool(pool)
 
     def _tag(self, places: Iterable[Words]) -> Iterator[list[Entity]]:
-        for pool in chunks(places, POOL):
+        for pool in pools(places, lambda words: len(words.text)):
             for words, labels in zip(pool, self._label_pool([w.words for w in pool])):
                 yield entities(words, labels)
 
@@ -172,6 +185,11 @@ class Tagger:
         for batch in self._batches(examples):
             logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
             logp_WL = logits[batch.first_W].float().log_softmax(-1).cpu()
+            if logp_WL.isnan().any():
+                raise MinibertError(
+                    "the model answers NaN: its weights are damaged, or too large for "
+                    f"{logits.dtype}: fetch or train it again, or try --dtype fp32"
+                )
             parts = logp_WL.split([len(example.firsts) for example in batch.examples])
             for example, part in zip(batch.examples, parts):
                 stop = example.first_word + len(example.firsts)
@@ -199,6 +217,24 @@ class Tagger:
                 group = []
             if example is not None:
                 group.append(example)
+
+
+def pools(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of items that are tagged together, as many as fit into ``POOL``."""
+    pool: list[T] = []
+    held = 0
+    for item in items:
+        size = characters(item)
+        if pool and held + size > POOL_CHARACTERS:
+            yield pool
+            pool, held = [], 0
+        pool.append(item)
+        held += size
+        if len(pool) == POOL:
+            yield pool
+            pool, held = [], 0
+    if pool:
+        yield pool
 
 
 class Words(NamedTuple):

@@ -3,30 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from minibert.files import MinibertError, read_text, write_text
+from minibert.files import MinibertError, read_json, read_text, write_text
 
 if TYPE_CHECKING:
     import tokenizers
 
 
 class Tokenizer:
-    """A WordPiece tokenizer (Devlin et al. 2019, section 3), cased or uncased as it was trained."""
+    """A WordPiece tokenizer (Devlin et al. 2019, section 3), cased or uncased as it was trained.
 
-    def __init__(self, backend: tokenizers.Tokenizer, lowercase: bool, source: Path | str):
-        backend.no_truncation()  # some checkpoints carry a limit of 128 in tokenizer.json
-        backend.no_padding()
-        self.backend = backend
-        self.lowercase = lowercase
-        ids: dict[str, int] = {}
+    Raises:
+        MinibertError: the backend does not do what a BERT's does, or its vocabulary is none.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: Path | str):
+        with _refusing(source):
+            backend.no_truncation()  # some checkpoints carry a limit of 128 in tokenizer.json
+            backend.no_padding()
+            ids = backend.get_vocab()
+        for part, kind in (
+            (backend.model, "WordPiece"),
+            (backend.normalizer, "BertNormalizer"),
+            (backend.pre_tokenizer, "BertPreTokenizer"),
+        ):
+            # What others do to a text, and how long they take for it, is not known here.
+            if type(part).__name__ != kind:
+                raise MinibertError(
+                    f"{source}: has {type(part).__name__} where a BERT has {kind}: "
+                    "use the tokenizer of a BERT"
+                )
+        if backend.model.max_input_chars_per_word > 1000:  # the time is quadratic in it
+            raise MinibertError(
+                f"{source}: max_input_chars_per_word is {backend.model.max_input_chars_per_word}: "
+                "use the 100 of BERT"
+            )
         for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
-            piece_id = backend.token_to_id(name)
-            if piece_id is None:
+            if name not in ids:
                 raise MinibertError(f"{source}: the vocabulary lacks {name}: use a BERT vocabulary")
-            ids[name] = piece_id
+        if backend.model.unk_token != "[UNK]" or backend.model.token_to_id("[UNK]") is None:
+            raise MinibertError(
+                f"{source}: unk_token is {backend.model.unk_token!r}: "
+                "use the tokenizer of a BERT, whose vocabulary has [UNK] for it"
+            )
+        if max(ids.values()) != len(ids) - 1:
+            raise MinibertError(
+                f"{source}: has {len(ids)} pieces, but numbers them up to {max(ids.values())}: "
+                "fetch the file again"
+            )
+        self.backend = backend
+        self.lowercase = backend.normalizer.lowercase
         self.pad_id, self.unk_id = ids["[PAD]"], ids["[UNK]"]
         self.cls_id, self.sep_id, self.mask_id = ids["[CLS]"], ids["[SEP]"], ids["[MASK]"]
 
@@ -42,37 +72,39 @@ class Tokenizer:
         Raises:
             MinibertError: neither is there, or what is there is damaged.
         """
-        import tokenizers
+        from tokenizers import Tokenizer as Backend
+        from tokenizers.implementations import BertWordPieceTokenizer
 
         directory = Path(directory)
         whole, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
         settings_path = directory / "tokenizer_config.json"
         settings = {}
         if settings_path.is_file():
-            try:
-                settings = json.loads(read_text(settings_path, "make it readable"))
-            except (ValueError, RecursionError) as error:
-                raise MinibertError(
-                    f"{settings_path}: not valid JSON ({error}): fetch the file again"
-                ) from None
+            settings = read_json(settings_path, "make it readable")
             if not isinstance(settings, dict):
-                raise MinibertError(f"{settings_path}: must hold a JSON object")
+                raise MinibertError(f"{settings_path}: must hold a JSON object: fetch it again")
         lowercase = settings.get("do_lower_case", True)
+        if not isinstance(lowercase, bool):
+            raise MinibertError(
+                f"{settings_path}: do_lower_case must be true or false, got {lowercase!r}: "
+                "fetch the file again"
+            )
         if whole.is_file():
-            text = read_text(whole, "make it readable")
-            try:
-                backend = tokenizers.Tokenizer.from_str(text)
-                normalizer = json.loads(text)["normalizer"] or {}
-                lowercase = bool(normalizer.get("lowercase", lowercase))
-            except Exception as error:  # the library raises no narrower type
-                raise MinibertError(
-                    f"{whole}: not a tokenizer ({error}): fetch the file again"
-                ) from None
-            return cls(backend, lowercase, whole)
+            with _refusing(whole):
+                backend = Backend.from_str(read_text(whole, "make it readable"))
+            return cls(backend, whole)
         pieces = read_text(vocabulary, "name a directory with tokenizer.json or vocab.txt")
-        ids = {piece.rstrip("\r"): i for i, piece in enumerate(pieces.rstrip("\n").split("\n"))}
-        backend = tokenizers.BertWordPieceTokenizer(ids, lowercase=lowercase)._tokenizer
-        return cls(backend, lowercase, vocabulary)
+        ids: dict[str, int] = {}
+        for i, piece in enumerate(pieces.rstrip("\n").split("\n")):
+            piece = piece.rstrip("\r")
+            if ids.setdefault(piece, i) != i:
+                raise MinibertError(
+                    f"{vocabulary}:{i + 1}: {piece!r} is on line {ids[piece] + 1} already: "
+                    "fetch the file again"
+                )
+        with _refusing(vocabulary):
+            backend = BertWordPieceTokenizer(ids, lowercase=lowercase)._tokenizer
+        return cls(backend, vocabulary)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write tokenizer.json, vocab.txt and tokenizer_config.json, as transformers reads them.
@@ -109,7 +141,28 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a running text, with [CLS] and [SEP]."""
-        return self.backend.encode(text).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.cls_id, *ids, self.sep_id]
+
+
+@contextmanager
+def _refusing(source: Path | str) -> Iterator[None]:
+    """Whatever the library says to a file becomes one line.
+
+    It raises bare Exceptions, and where it has not expected something at all it panics: what then
+    arrives is no Exception, and its type cannot be imported.
+
+    Raises:
+        MinibertError: with what the library said.
+    """
+    try:
+        yield
+    except MinibertError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise MinibertError(f"{source}: not a tokenizer ({error}): fetch the file again") from None
 
 
 def _encodable(word: str) -> str:

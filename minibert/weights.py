@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minibert.files import MinibertError, replacing
+from minibert.files import MinibertError, parse_json, replacing
 
 log = logging.getLogger("minibert")
 
@@ -26,6 +28,9 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
 }
+
+HEADER_BYTES = 10 << 20  # of a safetensors file, at most; that of BERT-base has 25 kB
+NAME = re.compile(r"[\w.-]{1,300}")
 
 # Ours on the left, the checkpoint's on the right; {i} runs over the layers. The order is that of
 # the parameters in the module, which is also the order in which fresh ones are drawn.
@@ -101,10 +106,12 @@ def read(path: Path) -> dict[str, Tensor]:
     Understood: with and without the ``bert.`` prefix, and ``LayerNorm.gamma`` / ``.beta`` for
     ``LayerNorm.weight`` / ``.bias`` (renamed there only: other names may hold these words).
 
+    The tensors lie in the file still, mapped and not read: ``fill`` copies those it takes.
+
     Raises:
         MinibertError: no such file, a pickle, or a file that is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
         raise MinibertError(
@@ -120,11 +127,11 @@ def read(path: Path) -> dict[str, Tensor]:
             )
         raise MinibertError(f"{path}: no such file: name a directory that holds one")
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as file:
-            # clone: the mapped file must not change under a loaded model.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             stored = (file.metadata() or {}).get("minibert.sha256")
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # of the library's own, and what torch says to sizes and dtypes
         raise MinibertError(
             f"{path}: damaged or not a safetensors file ({error}): fetch or save it again"
         ) from None
@@ -133,7 +140,34 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path}: the tensors do not match the hash they were saved with: "
             "the file is damaged, fetch or save it again"
         )
-    return {_canonical(name): tensor for name, tensor in tensors.items()}
+    canonical = {_canonical(name): tensor for name, tensor in tensors.items()}
+    if len(canonical) < len(tensors):
+        twice = next(name for name in tensors if _canonical(name) != name)
+        raise MinibertError(
+            f"{path}: {twice} and {_canonical(twice)} name the same tensor: fetch or save it again"
+        )
+    return canonical
+
+
+def _check_header(path: Path) -> None:
+    """What the library lets pass: a header of up to 100 MB, a name that comes twice or is a path.
+
+    The library itself checks that dtypes, shapes and offsets agree, that tensors neither overlap
+    nor leave gaps, and that they end where the file does.
+
+    Raises:
+        ValueError, OSError, MinibertError: saying what is wrong.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes, more than {HEADER_BYTES}")
+        header = parse_json(file.read(length).decode(), "its header")
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    for name in header:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a tensor")
 
 
 def _canonical(name: str) -> str:
@@ -162,17 +196,17 @@ def fill(
         source: for messages.
 
     Raises:
-        MinibertError: a tensor of another shape, or of no floating type; or no tensor of a BERT.
+        MinibertError: a tensor of another shape, or of no floating type; or most are not there.
     """
     names = names_of(model)
-    state, initialised = {}, []
+    there = missing = 0  # parameters; all are looked at before memory is taken for one
     for ours, theirs in names.items():
         wanted = tuple(model.get_parameter(ours).shape)
         tensor = tensors.get(theirs)
         if tensor is None:
-            state[ours] = fresh(ours, wanted, dtype, initializer_range)
-            initialised.append(theirs)
+            missing += math.prod(wanted)
             continue
+        there += math.prod(wanted)
         if tuple(tensor.shape) != wanted:
             raise MinibertError(
                 f"{source}: {theirs} has shape {tuple(tensor.shape)}, but config.json "
@@ -182,20 +216,34 @@ def fill(
             raise MinibertError(
                 f"{source}: {theirs} has dtype {tensor.dtype}: weights must be floating point"
             )
-        state[ours] = tensor.to(dtype)
-    if len(initialised) == len(names):
+    if not there:
         raise MinibertError(
             f"{source}: no tensor of a BERT in it (it has {', '.join(sorted(tensors)[:3])} ...): "
             "name the checkpoint of a BERT"
         )
+    if missing > there:
+        raise MinibertError(
+            f"{source}: holds {there} of the {there + missing} parameters that config.json and the "
+            "labels ask for: use the config.json that belongs to it"
+        )
     for name, original in REDUNDANT.items():
         if original is None or name not in tensors or original not in names.values():
             continue
-        if not torch.equal(tensors[name], tensors.get(original, tensors[name])):
+        copy, tied = tensors[name], tensors.get(original, tensors[name])
+        if copy.dtype != tied.dtype or not torch.equal(copy, tied):
             raise MinibertError(
                 f"{source}: {name} differs from {original}, to which it is tied in BERT: "
                 "use a checkpoint with tied embeddings"
             )
+    state, initialised = {}, []
+    for ours, theirs in names.items():
+        if theirs in tensors:
+            # A copy: the mapped file must not change under a loaded model.
+            state[ours] = tensors[theirs].to(dtype, copy=True)
+        else:
+            wanted = tuple(model.get_parameter(ours).shape)
+            state[ours] = fresh(ours, wanted, dtype, initializer_range)
+            initialised.append(theirs)
     model.load_state_dict(state, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import re
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,21 +42,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if mode == "gone":
             self.send_error(404)
             return
-        if mode == "html":
+        if mode == "dripping headers":
+            self.drip(b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 1000)
+            return
+        if mode == "moved in a circle" or (mode == "moved to a page" and self.path != "/login"):
+            self.send_response(302)
+            self.send_header("Location", "/file.bin" if "circle" in mode else "/login")
+            self.end_headers()
+            return
+        body = CONTENT
+        if mode in ("html", "moved to a page"):
             body = b"<html>sign in</html>"
+        elif mode == "html as long as the file":
+            body = b"<html>sign in</html>".ljust(len(CONTENT))
         elif mode == "wrong":
             body = CONTENT[:-1] + b"!"
-        elif mode == "endless":
+        elif mode == "changed":
+            body = bytes(len(CONTENT))
+        elif mode == "grown":
+            body = CONTENT + b"more"
+        elif mode.startswith("endless"):
             body = CONTENT * 3
-        else:
-            body = CONTENT
         start = 0
-        if wanted and mode != "no ranges":
+        if wanted and mode not in ("no ranges", "html", "html as long as the file"):
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
+        if start:
+            first = start + 7 if mode == "another range" else start
+            self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        lie = {"announces less": -1000, "announces more": 1000}.get(mode, 0)
+        if "unannounced" not in mode:
+            self.send_header("Content-Length", str(len(body) - start + lie))
         self.end_headers()
-        if mode == "interrupted":
+        if mode in ("interrupted", "interrupted unannounced"):
             self.wfile.write(body[start : start + 300_000])
             self.wfile.flush()
             self.connection.close()
@@ -62,8 +82,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body[start : start + 1000])
             self.wfile.flush()
             self.server.release.wait(20)
+        elif mode == "dripping":
+            self.drip(body[start:])
         else:
             self.wfile.write(body[start:])
+
+    def drip(self, raw: bytes) -> None:
+        """A byte now and then, each in time for a limit on single reads."""
+        for byte in raw:
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+            if self.server.release.wait(0.05):
+                break
 
 
 @pytest.fixture
@@ -105,7 +135,7 @@ def test_an_interrupted_download_is_taken_up_again(
     assert server.requests == [None, f"bytes={kept}-"]
 
 
-@pytest.mark.parametrize("mode", ["html", "wrong", "endless"])
+@pytest.mark.parametrize("mode", ["wrong", "endless unannounced", "html as long as the file"])
 def test_what_is_not_the_file_is_removed(server: Server, tmp_path: Path, mode: str) -> None:
     server.mode = mode
     with pytest.raises(MinibertError, match="is not the pinned file"):
@@ -113,12 +143,87 @@ def test_what_is_not_the_file_is_removed(server: Server, tmp_path: Path, mode: s
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("mode", ["gone", "stalled"])
-def test_a_server_that_does_not_deliver(server: Server, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    "mode",
+    ["html", "moved to a page", "endless", "announces less", "announces more", "grown"],
+)
+def test_what_announces_another_size_is_not_begun(
+    server: Server, tmp_path: Path, mode: str
+) -> None:
     server.mode = mode
-    with pytest.raises(MinibertError, match="cannot be downloaded"):
+    with pytest.raises(MinibertError, match=r"not the pinned file: \d+ bytes instead of 1048576"):
+        hub.fetch(url(server), PIN, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def part(folder: Path) -> Path:
+    """What an interrupted download leaves."""
+    path = folder / ".file.bin.part"
+    path.write_bytes(CONTENT[:1000])
+    return path
+
+
+def test_a_page_in_between_does_not_cost_what_is_there(server: Server, tmp_path: Path) -> None:
+    """The sign-in page of a network comes instead of the rest; the rest comes afterwards."""
+    kept = part(tmp_path)
+    server.mode = "html"
+    with pytest.raises(MinibertError, match="not the pinned file"):
+        hub.fetch(url(server), PIN, tmp_path)
+    assert kept.read_bytes() == CONTENT[:1000]
+    server.mode = "good"
+    assert hub.fetch(url(server), PIN, tmp_path).read_bytes() == CONTENT
+    assert server.requests == ["bytes=1000-"] * 2
+
+
+@pytest.mark.parametrize("mode", ["another range", "changed", "grown"])
+def test_the_rest_of_another_file_is_not_put_to_ours(
+    server: Server, tmp_path: Path, mode: str
+) -> None:
+    """Elsewhere in it, or the file on the server has changed between the parts, in size or not."""
+    part(tmp_path)
+    server.mode = mode
+    with pytest.raises(MinibertError, match=r"continues another file|is not the pinned file"):
+        hub.fetch(url(server), PIN, tmp_path)
+    assert not list(tmp_path.iterdir())
+    server.mode = "good"
+    assert hub.fetch(url(server), PIN, tmp_path).read_bytes() == CONTENT
+    assert server.requests == ["bytes=1000-", None]
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("gone", "Not Found"),
+        ("stalled", "timed out"),
+        ("dripping", r"bytes in 0 s"),
+        ("dripping headers", "no answer within 1 s"),
+        ("moved in a circle", "infinite loop"),
+    ],
+)
+def test_a_server_that_does_not_deliver(
+    server: Server, tmp_path: Path, mode: str, message: str
+) -> None:
+    server.mode = mode
+    began = time.monotonic()
+    with pytest.raises(MinibertError, match="cannot be downloaded") as raised:
         hub.fetch(url(server), PIN, tmp_path, timeout_s=0.3)
+    assert re.search(message, str(raised.value))
+    assert time.monotonic() - began < 20
     assert not (tmp_path / PIN.name).exists()
+
+
+def test_an_interrupted_answer_of_unknown_length(server: Server, tmp_path: Path) -> None:
+    """Nothing tells it from a whole one but the pin."""
+    server.mode = "interrupted unannounced"
+    with pytest.raises(MinibertError, match=r"is not the pinned file|cannot be downloaded"):
+        hub.fetch(url(server), PIN, tmp_path)
+    assert not (tmp_path / PIN.name).exists()
+
+
+def test_an_address_that_is_none(tmp_path: Path) -> None:
+    for address in ("nowhere", "http://", "http://127.0.0.1:99999/x", "http://[/x"):
+        with pytest.raises(MinibertError, match="cannot be downloaded"):
+            hub.fetch(address, PIN, tmp_path)
 
 
 def test_no_network(tmp_path: Path) -> None:

@@ -1,0 +1,200 @@
+"""A file tagged as a stream: in order, in constant memory, by any number of processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fuzz
+import pytest
+
+from minibert import cli
+from minibert.democorpus import generate
+from minibert.tagger import POOL, POOL_CHARACTERS, pools
+
+QUERIES = [" ".join(sentence.words) for part in generate() for sentence in part]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("tagger")
+    fuzz.good(made)
+    return made
+
+
+def queries(path: Path, count: int) -> Path:
+    lines = (QUERIES[i % len(QUERIES)] for i in range(count))
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def tag(processes: int, *arguments: str | Path) -> subprocess.Popen:
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [sys.executable, *(start if processes > 1 else []), "-m", "minibert.cli", "tag"]
+        + [str(argument) for argument in (*arguments, "--dtype", "fp32", "--device", "cpu")],
+        env=os.environ | fuzz.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_pools_hold_a_number_of_items_and_of_characters() -> None:
+    assert [len(p) for p in pools(["x"] * (2 * POOL + 1), len)] == [POOL, POOL, 1]
+    half = "x" * (POOL_CHARACTERS // 2)
+    sizes = [len(p) for p in pools([half, half, "x", half + half + "x", "", "x"], len)]
+    assert sizes == [2, 1, 1, 2]
+    assert list(pools([], len)) == []
+
+
+def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None:
+    """Five pools, the last of them short; the last bits of every score are in the JSON."""
+    given = queries(tmp_path / "in.txt", 4 * POOL + 7)
+    outs = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.jsonl"
+        running = tag(processes, folder, "--file", given, "--output", out, "--json")
+        printed, said = running.communicate(timeout=300)
+        assert running.returncode == 0, said
+        assert printed == ""
+        outs.append(out.read_bytes())
+    assert outs[0] == outs[1]
+    assert outs[0].count(b"\n") == 4 * POOL + 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.jsonl", "2.jsonl", "in.txt"]
+
+
+@pytest.mark.slow
+def test_a_line_that_another_process_cannot_read(folder: Path, tmp_path: Path) -> None:
+    given = queries(tmp_path / "in.txt", 3 * POOL)
+    raw = given.read_bytes().split(b"\n")
+    raw[POOL + 4] += b"\xff"
+    given.write_bytes(b"\n".join(raw))
+    running = tag(2, folder, "--file", given, "--output", tmp_path / "out.txt")
+    _, said = running.communicate(timeout=300)
+    assert running.returncode != 0
+    assert f"minibert: {given}:{POOL + 5}: byte 0xff is not UTF-8" in said
+    assert "minibert/cli.py" not in said, "a traceback of ours; torchrun always adds its own"
+    assert [p.name for p in tmp_path.iterdir()] == ["in.txt"]
+
+
+def worker(parent: int, rank: int) -> int | None:
+    """The process id of a rank below ``parent``, once it is there."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (process / "status").read_text()
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"\nPPid:\t{parent}\n" in status and b"RANK=%d" % rank in environment:
+            return int(process.name)
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the process in /proc")
+@pytest.mark.parametrize(
+    "rank",
+    [1, pytest.param(0, marks=[pytest.mark.slow])],
+    ids=["a worker", "the writer"],
+)
+def test_a_process_that_is_killed_ends_the_run(folder: Path, tmp_path: Path, rank: int) -> None:
+    given = queries(tmp_path / "in.txt", 200 * POOL)
+    running = tag(2, folder, "--file", given, "--output", tmp_path / "out" / "out.txt")
+    until = time.monotonic() + 200
+    while not list(tmp_path.glob("out/.out.txt.*")):  # the writer has begun
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    found = worker(running.pid, rank)
+    assert found is not None
+    os.kill(found, signal.SIGKILL)
+    _, said = running.communicate(timeout=200)
+    assert running.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said
+    assert f"rank      : {rank}" in said
+    assert not (tmp_path / "out" / "out.txt").exists()
+    if rank == 1:
+        # Only what is killed itself can leave a temporary file, and it does not bear the name.
+        assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_run_that_is_told_to_end_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    given = queries(tmp_path / "in.txt", 200 * POOL)
+    running = tag(1, folder, "--file", given, "--output", tmp_path / "out" / "out.txt")
+    while not list(tmp_path.glob("out/.out.txt.*")):
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.1)
+    running.terminate()
+    running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_arguments_that_do_not_go_together(folder: Path, tmp_path, capsys, monkeypatch) -> None:
+    given = queries(tmp_path / "in.txt", 2)
+    (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
+    out = tmp_path / "out.txt"
+    out.write_text("before")
+    for arguments, message in (
+        (["a text", "--file", given], "a text and --file: give one of them"),
+        (["--file", tmp_path / "none"], "none: cannot be read (No such file or directory)"),
+        (["--file", tmp_path], "cannot be read (Is a directory)"),
+        (["--file", tmp_path / "bad.txt", "--output", out], "bad.txt:2: byte 0xff is not UTF-8"),
+        (["--file", given, "--output", given / "out"], "cannot be written (File exists)"),
+    ):
+        assert cli.main(["tag", str(folder), *map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    assert out.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.txt", "in.txt", "out.txt"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["tag", str(folder)]) == 2
+    assert "2 processes cannot share a text: give them a --file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_standard_output(folder: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "minibert.cli", "tag", folder, "who directed jaws"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ran.returncode == 2
+    assert ran.stderr == (
+        "minibert: standard output: cannot be written (No space left on device): free some space\n"
+    )
+
+
+PEAK = """
+import resource, sys
+from minibert import cli
+status = cli.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def peak_mib(folder: Path, given: Path) -> int:
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK, "tag", folder, "--file", given, "--output", f"{given}.out"],
+        env=os.environ | fuzz.ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(ran.stderr)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(folder: Path, tmp_path: Path) -> None:
+    small = peak_mib(folder, queries(tmp_path / "small", 10**4))
+    large = peak_mib(folder, queries(tmp_path / "large", 10**5))
+    print(f"peak of 10^4 lines {small} MiB, of 10^5 lines {large} MiB")
+    assert large - small < 16  # the file is 4 MB, what is made of it several times that
