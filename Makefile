@@ -25,6 +25,7 @@ weights/minilm/model.safetensors: | $(SETUP)
 
 # The main job on what the project brings along: train, score, tag a sentence.
 demo: $(SETUP) weights/minilm/model.safetensors
+	rm -rf runs/demo
 	$(PYTHON) train.py --model minilm --corpus demo --dev 0.1 --output runs/demo
 	$(PYTHON) -m minibert.cli tag runs/demo/best "who directed the frozen station with irene zimmer"
 
@@ -67,9 +68,10 @@ docs: $(SETUP)
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo build/docs/index.html
 
-# The paper's run; downloads the weights (436 MB) and the corpus if they are not there.
+# The paper's run; downloads the weights (436 MB) and the corpus if they are not there, and goes on
+# where it was interrupted.
 train: $(SETUP)
-	$(PYTHON) train.py --model bert-base-cased --corpus mit_movie --recipe paper --output runs/paper
+	$(PYTHON) train.py --model bert-base-cased --corpus mit_movie --recipe paper --output runs/paper --resume
 
 # MIT Movie with MiniLM over five seeds, and the table in README.md from it (about 40 minutes).
 scores: $(SETUP) weights/minilm/model.safetensors

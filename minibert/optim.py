@@ -126,7 +126,13 @@ class AdamW:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> None:
+    def load(self, first: Sequence[Tensor], second: Sequence[Tensor], steps: int) -> None:
+        """Take the moments (shaped like the parameters) and the number of steps of another."""
+        for mine, theirs in zip([*self.first, *self.second], [*first, *second]):
+            mine.copy_(theirs)
+        self.steps = steps
+
+    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> Tensor:
         """Unscale the gradients, clip them, update: what follows the backward pass.
 
         Args:
@@ -135,11 +141,17 @@ class AdamW:
             scaler: what the loss was scaled by, if it was. Where a gradient overflowed it halves
                 its scale, and the parameters stay as they are.
 
+        Returns:
+            The joint norm before clipping, a scalar tensor, still on the device: reading it waits.
+            Not finite where a gradient was not.
+
         The gradients are spent afterwards: scaled or not, depending on who computes.
         """
-        if scaler is None or scaler.unscale(self.parameters()):
-            clip_grad_norm(self.parameters(), max_norm)
-            self.step(lr)
+        if scaler is not None and not scaler.unscale(self.parameters()):
+            return torch.tensor(math.inf)
+        norm = clip_grad_norm(self.parameters(), max_norm)
+        self.step(lr)
+        return norm
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -188,12 +200,13 @@ class FusedAdamW(AdamW):
     ten passes over a parameter, this one makes one, after that of the norm.
     """
 
-    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> None:
+    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> Tensor:
         """As the plain one; the gradients are left unscaled and clipped."""
         scale = 1.0 if scaler is None else scaler.scale
-        norm = float(joint_norm(p.grad for p in self.parameters() if p.grad is not None)) / scale
+        norm = joint_norm(p.grad for p in self.parameters() if p.grad is not None) / scale
         if scaler is None or scaler.record(math.isfinite(norm)):
-            self._update_all(lr, scale * max(1.0, (norm + 1e-6) / max_norm))
+            self._update_all(lr, scale * max(1.0, (float(norm) + 1e-6) / max_norm))
+        return norm
 
     def step(self, lr: float) -> None:
         """One update without clipping."""
@@ -256,12 +269,18 @@ class OnePassAdamW(AdamW):
             self.eps,
         )
 
-    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> None:
+    def load(self, first: Sequence[Tensor], second: Sequence[Tensor], steps: int) -> None:
+        """As the plain one."""
+        super().load(first, second, steps)
+        self.sweep.steps.fill_(steps)
+
+    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> Tensor:
         """As the plain one; with a scaler it waits for the GPU, to hear of an overflow."""
         scale = None if scaler is None else torch.tensor(scaler.scale)
         norm = self.sweep.step([p.grad for p in self.parameters()], lr, max_norm, scale)
         if scaler is None or scaler.record(math.isfinite(norm)):
             self.steps += 1
+        return norm
 
     def step(self, lr: float) -> None:
         """One update without clipping."""
@@ -332,12 +351,20 @@ class LossScaler:
 
     The loss is multiplied by ``scale`` before the backward pass and the gradients divided by it
     after. An overflow halves the scale and the step is skipped; ``patience`` good steps double it.
+    ``limit`` skipped steps in a row are no overflow: the numbers themselves have gone wrong.
     """
 
-    def __init__(self, scale: float = 65536.0, patience: int = 2000):
+    def __init__(self, scale: float = 65536.0, patience: int = 2000, limit: int = 25):
         self.scale = scale
         self.patience = patience
+        self.limit = limit
         self.good_steps = 0
+        self.skipped = 0  # in a row
+
+    @property
+    def gave_up(self) -> bool:
+        """Halving the scale has not helped."""
+        return self.skipped >= self.limit
 
     @torch.no_grad()
     def unscale(self, parameters: Iterable[nn.Parameter]) -> bool:
@@ -354,7 +381,9 @@ class LossScaler:
         if not finite:
             self.scale /= 2
             self.good_steps = 0
+            self.skipped += 1
         else:
+            self.skipped = 0
             self.good_steps += 1
             if self.good_steps == self.patience:
                 self.scale *= 2

@@ -27,6 +27,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.uint8: "U8",
 }
 
 HEADER_BYTES = 10 << 20  # of a safetensors file, at most; that of BERT-base has 25 kB
@@ -281,9 +282,7 @@ def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> 
 def save(model: nn.Module, path: Path) -> None:
     """Write the parameters under their checkpoint names, whole or not at all.
 
-    The same weights give the same bytes: the safetensors library orders the metadata by chance, so
-    the header (its length, JSON, padding to 8 bytes) is written here. The metadata carries a hash
-    of the tensors, so that a flipped bit is found on loading.
+    The metadata carries a hash of the tensors, so that a flipped bit is found on loading.
 
     Raises:
         MinibertError: the directory cannot be written or the disk is full.
@@ -292,9 +291,17 @@ def save(model: nn.Module, path: Path) -> None:
         theirs: model.get_parameter(ours).detach().cpu().contiguous()
         for ours, theirs in sorted(names_of(model).items(), key=lambda names: names[1])
     }
-    header: dict[str, dict] = {
-        "__metadata__": {"format": "pt", "minibert.sha256": _digest(tensors)}
-    }
+    with replacing(path) as temporary:
+        write(temporary, tensors, {"format": "pt", "minibert.sha256": _digest(tensors)})
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file of tensors on the CPU, in the order given.
+
+    The same tensors give the same bytes: the safetensors library orders the metadata by chance, so
+    the header (its length, JSON, padding to 8 bytes) is written here.
+    """
+    header: dict[str, dict] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -305,7 +312,7 @@ def save(model: nn.Module, path: Path) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(_bytes(tensor))
