@@ -8,7 +8,8 @@ PYTHON ?= $(VENV)/bin/python
 export MALLOC_MMAP_THRESHOLD_ = 1073741824
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-.PHONY: demo test test-slow fuzz gpu-test gpu-bench check docs train scores format clean
+.PHONY: demo test test-slow fuzz gpu-test gpu-bench bench bench-full check docs train scores format \
+	clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
@@ -24,6 +25,7 @@ weights/minilm/model.safetensors: | $(SETUP)
 
 # The main job on what the project brings along: train, score, tag a sentence.
 demo: $(SETUP) weights/minilm/model.safetensors
+	rm -rf runs/demo
 	$(PYTHON) train.py --model minilm --corpus demo --dev 0.1 --output runs/demo
 	$(PYTHON) -m minibert.cli tag runs/demo/best "who directed the frozen station with irene zimmer"
 
@@ -44,6 +46,18 @@ gpu-test: $(SETUP) weights/minilm/model.safetensors
 gpu-bench: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m benchmarks.gpu_bench
 
+# Speed and memory on this CPU beside transformers, onnxruntime and OpenVINO, and README.md's table
+# from it: about ten minutes on two cores. BENCH="--model-dir DIR" also judges a trained model.
+BENCH ?=
+bench: $(SETUP) weights/minilm/model.safetensors
+ifneq ($(SETUP),)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+endif
+	$(PYTHON) -m benchmarks.bench $(BENCH)
+
+bench-full:
+	$(MAKE) bench BENCH="--plan full $(BENCH)"
+
 check: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -54,9 +68,10 @@ docs: $(SETUP)
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo build/docs/index.html
 
-# The paper's run; downloads the weights (436 MB) and the corpus if they are not there.
+# The paper's run; downloads the weights (436 MB) and the corpus if they are not there, and goes on
+# where it was interrupted.
 train: $(SETUP)
-	$(PYTHON) train.py --model bert-base-cased --corpus mit_movie --recipe paper --output runs/paper
+	$(PYTHON) train.py --model bert-base-cased --corpus mit_movie --recipe paper --output runs/paper --resume
 
 # MIT Movie with MiniLM over five seeds, and the table in README.md from it (about 40 minutes).
 scores: $(SETUP) weights/minilm/model.safetensors

@@ -1,12 +1,20 @@
-"""Fine-tune BERT for named entities: the whole recipe, read top to bottom.
+"""Fine-tune BERT for named entities: the loop, read top to bottom.
 
     python train.py --model minilm --corpus mit_movie --output runs/movie
     python train.py --model bert-base-cased --corpus mit_movie --recipe paper --output runs/paper
     python train.py --model minilm --train my.bio --dev 0.1 --test other.bio --output runs/mine
+    python train.py ... --resume                        go on where the same command was interrupted
+    torchrun --nproc-per-node 2 train.py ...            the same in two processes
+
+The recipe's numbers and the command line are in ``minibert/recipe.py``.
 
 Written to the output directory: ``last/`` (the model after the last epoch), ``best/`` (after the
 epoch with the highest entity F1 on the dev set, if there is one), ``metrics.jsonl``,
-``report.json`` and ``loss.png``. The test set is only looked at: nothing is chosen by it.
+``report.json``, ``loss.png`` and ``checkpoints/``, from which ``--resume`` goes on to the same bits
+(``docs/reliability.md``). The test set is only looked at: nothing is chosen by it.
+
+Exit status: 0, the run is done; 2, something is wrong with what was given or with the numbers;
+130 and 143, SIGINT and SIGTERM ended it after a whole step and a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,115 +22,47 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minibert import data, democorpus, hub
-from minibert.attention import IMPLEMENTATIONS
+from minibert import data, hub
+from minibert.averaging import WeightAverage
+from minibert.checkpoint import Checkpoints, Stop, Training, seed_apart
 from minibert.curve import text_curve, write_png
-from minibert.data import Batch, Example, Sentence
+from minibert.data import Batch, Example
+from minibert.distributed import Team, team_on
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
-from minibert.machine import DTYPES, choose_device, choose_dtype, name_of
+from minibert.machine import choose_device, choose_dtype, name_of
 from minibert.model import BertForTokenClassification
-from minibert.optim import (
-    SEMANTICS,
-    LossScaler,
-    WeightAverage,
-    bert_groups,
-    choose_adamw,
-    linear_schedule,
-)
+from minibert.optim import LossScaler, bert_groups, choose_adamw, linear_schedule
+from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
 from minibert.tagger import Tagger
 from minibert.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the result, apart from the data, the model and the seed."""
+def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
+    """Fine-tune, evaluate after every epoch, keep the best and the last model.
 
-    lr: float  # peak learning rate
-    epochs: int
-    batch_size: int  # sentences
-    warmup: float  # share of all steps in which the rate rises
-    weight_decay: float
-    eps: float  # of AdamW
-    clip: float  # largest joint norm of the gradients
-    optimizer: str  # whose AdamW: torch, transformers or google
-    layout: str  # packed; longest: padded to the longest of the batch; a number: to that
-    bucket: int  # batches that are sorted by length together; 1: none
-    average: float  # power of the average of the weights over the steps; inf: the last alone
-    decode: str  # best: the most probable well-formed labels; each: of every word by itself
-    accumulate: int = 1  # batches to a step of the optimiser
-
-    def __post_init__(self) -> None:
-        positive = ("lr", "epochs", "batch_size", "eps", "clip", "bucket", "accumulate")
-        for name in positive:
-            if not vars(self)[name] > 0:
-                raise ValueError(f"{name} must be above 0, got {vars(self)[name]}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of all steps, in [0, 1), got {self.warmup}")
-        for name in ("weight_decay", "average"):
-            if not vars(self)[name] >= 0:
-                raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
-        if self.optimizer not in SEMANTICS:
-            raise ValueError(f"optimizer must be one of {', '.join(SEMANTICS)}")
-        if self.decode not in ("best", "each"):
-            raise ValueError(f"decode must be best or each, got {self.decode!r}")
-        if self.layout not in ("packed", "longest") and not self.layout.isdecimal():
-            raise ValueError(f"layout must be packed, longest or a length, got {self.layout!r}")
-
-
-RECIPES = {
-    # Compared on held-out parts of engtrain, as benchmarks/choose_recipe.py does.
-    "default": Recipe(
-        lr=3e-4,
-        epochs=4,
-        batch_size=32,
-        warmup=0.1,
-        weight_decay=0.01,
-        eps=1e-8,
-        clip=1.0,
-        optimizer="torch",
-        layout="packed",
-        bucket=1,
-        average=1.0,
-        decode="best",
-    ),
-    # The MIT Movie paper's. Its notebook has no warm-up, its text says that the rate rises from 0:
-    # --warmup 0.1 gives the second reading.
-    "paper": Recipe(
-        lr=5e-5,
-        epochs=4,
-        batch_size=32,
-        warmup=0.0,
-        weight_decay=0.0,
-        eps=1e-8,
-        clip=1.0,
-        optimizer="torch",
-        layout="50",
-        bucket=1,
-        average=math.inf,
-        decode="each",
-    ),
-}
-
-
-def train(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Fine-tune, evaluate after every epoch, keep the best and the last model."""
-    device = choose_device(options.device)
+    Returns:
+        The exit status: 0, or 128 and the number of the signal that ended it early.
+    """
+    device = team.device
     dtype, reason = choose_dtype(options.dtype, device)
     print(f"{device}, {name_of(dtype)} ({reason})\n{recipe}")
 
     # Data and model.
-    train_set, evaluated = corpus(options)
+    with team.writer_first():
+        train_set, evaluated = corpus(options)
+        directory = hub.locate_model(options.model)
     labels = data.labels_of(train_set.sentences)
-    directory = hub.locate_model(options.model)
     tokenizer = Tokenizer.from_pretrained(directory)
     model = BertForTokenClassification.from_pretrained(
         directory,
@@ -131,6 +71,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
         device=device,
         seed=options.seed,
     )
+    seed_apart(team, options.seed)
     print(f"{options.model}: {model.load_report}")
     tagger = Tagger(model, tokenizer, well_formed=recipe.decode == "best")
     max_length = model.config.max_position_embeddings
@@ -146,57 +87,108 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
 
     # Optimiser and schedule: the learning rate is a pure function of the step.
     optimizer, reason = choose_adamw(
-        bert_groups(model, recipe.weight_decay), recipe.optimizer, recipe.eps
+        bert_groups(model, recipe.weight_decay), recipe.optimizer, recipe.eps, options.plain_adamw
     )
     print(f"attention {model.attn_implementation}, AdamW {reason}")
     average = WeightAverage(model.parameters(), recipe.average)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = LossScaler() if dtype == torch.float16 else None
     batches_per_epoch = math.ceil(len(examples) / recipe.batch_size)
-    total_steps = math.ceil(batches_per_epoch / recipe.accumulate) * recipe.epochs
+    steps_per_epoch = math.ceil(batches_per_epoch / recipe.accumulate)
+    total_steps = steps_per_epoch * recipe.epochs
     warmup_steps = int(recipe.warmup * total_steps)
 
-    losses: list[float] = []
-    log: list[dict] = []
-    best_f1, step = -1.0, 0
-    for epoch in range(1, recipe.epochs + 1):
+    # Where the run stands: at its beginning, or where it was interrupted.
+    run = Training(model, optimizer, average, scaler)
+    checkpoints = Checkpoints(
+        options.output / "checkpoints",
+        options.keep,
+        arguments_of(
+            recipe,
+            options.seed,
+            name_of(dtype),
+            model.attn_implementation,
+            type(optimizer).__name__,
+            directory,
+            {"training": train_set} | evaluated,
+        ),
+        team,
+    )
+    if options.resume:
+        print(checkpoints.resume(run))
+    else:
+        checkpoints.begin(total_steps)
+    with autocast:
+        some_batch = collate(examples[:1], recipe.layout, tokenizer.pad_id, device)
+        shared_model = team.wrap(model, **some_batch.inputs)
+    stop = Stop(team)
+
+    for epoch in range(max(0, run.step - 1) // steps_per_epoch + 1, recipe.epochs + 1):
         model.train()
         batches = data.epoch_batches(lengths, recipe.batch_size, options.seed, epoch, recipe.bucket)
         groups = list(data.chunks(batches, recipe.accumulate))
-        bar = tqdm(groups, f"epoch {epoch}", unit="step")
+        done = run.step - (epoch - 1) * steps_per_epoch
+        bar = progress(groups, done, f"epoch {epoch}", team)
         for group in bar:
             started = time.perf_counter()
-            micro_batches = [
-                collate([examples[i] for i in batch], recipe.layout, tokenizer.pad_id, device)
-                for batch in group
-            ]
-            words = sum(len(batch.first_W) for batch in micro_batches)
+            words = sum(len(examples[i].firsts) for batch in group for i in batch)
             loss = torch.zeros((), device=device)
-            for batch in micro_batches:
-                with autocast:
-                    # Every word of the step weighs the same, whichever batch it is in.
-                    share = model(**batch.inputs).loss * (len(batch.first_W) / words)
-                (share * scaler.scale if scaler else share).backward()
-                loss += share.detach()
-            lr = recipe.lr * linear_schedule(step, total_steps, warmup_steps)
-            optimizer.clipped_step(lr, recipe.clip, scaler)
-            optimizer.zero_grad()
-            step += 1
-            average.update(step)
-
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]) and scaler is None:
-                raise MinibertError(
-                    f"step {step}: the loss is {losses[-1]}: lower --lr or train in --dtype fp32"
+            for batch in group:
+                # Every word of the step weighs the same, whichever batch or process it is in.
+                # A process that is left without a sentence reads another's at weight 0.
+                mine = [examples[i] for i in team.share(batch)]
+                weight = sum(len(example.firsts) for example in mine) / words
+                read = collate(
+                    mine or [examples[batch[0]]], recipe.layout, tokenizer.pad_id, device
                 )
-            tokens = sum(batch.tokens for batch in micro_batches)
-            speed = tokens / (time.perf_counter() - started)
-            log.append(
-                {"step": step, "epoch": epoch, "loss": losses[-1], "lr": lr, "tokens_per_s": speed}
+                with team.reduction(shared_model, last=batch is group[-1]):
+                    with autocast:
+                        share = shared_model(**read.inputs).loss * weight
+                    # Times the team's size: the processes' gradients are averaged, not added.
+                    (share * (team.size * (scaler.scale if scaler else 1.0))).backward()
+                loss += share.detach()
+            lr = recipe.lr * linear_schedule(run.step, total_steps, warmup_steps)
+            norm = optimizer.clipped_step(lr, recipe.clip, scaler)
+            optimizer.zero_grad()
+            run.step += 1
+            average.update(run.step)
+
+            # The only time in a step that the program waits for the device.
+            totals = team.total(torch.stack([loss, torch.full_like(loss, bool(stop.signal))]))
+            loss_sum, stops, norm_sum = torch.cat([totals, norm.to(totals)[None]]).tolist()
+            finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
+            if not finite and (scaler is None or scaler.gave_up):
+                raise MinibertError(
+                    f"step {run.step}: the loss is {loss_sum}, its gradient's norm {norm_sum}: "
+                    "lower --lr or train in --dtype fp32; "
+                    f"the step read {lines_of(examples, group, train_set)}; "
+                    f"last good checkpoint: {checkpoints.last()}"
+                )
+            run.log.append(
+                {
+                    "step": run.step,
+                    "epoch": epoch,
+                    "loss": loss_sum if math.isfinite(loss_sum) else None,
+                    "lr": lr,
+                }
             )
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:.0f} tokens/s", refresh=False)
+            tokens = sum(lengths[i] for batch in group for i in batch)
+            speed = tokens / (time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss_sum:.3f}, {speed:.0f} tokens/s", refresh=False)
+
+            if run.step % options.checkpoint_every == 0 or group is groups[-1] or stops:
+                checkpoints.save(run)
+            if stops:
+                bar.close()
+                print(
+                    f"stopped after step {run.step} of {total_steps}, saved to "
+                    f"{checkpoints.last()}: the same command with --resume goes on"
+                )
+                return 128 + (stop.signal or signal.SIGTERM)
 
         # What the model can do after this epoch.
+        if not team.is_writer:
+            continue
         model.eval()
         with average.swapped_in():
             for name, part in evaluated.items():
@@ -206,74 +198,47 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
                     "entity_f1": report.entity.micro.f1,
                     "token_micro_f1_including_O": report.token.micro_with_o,
                 }
-                log.append({"step": step, "epoch": epoch, "set": name} | scores)
-                if name == "dev" and scores["entity_f1"] > best_f1:
-                    best_f1 = scores["entity_f1"]
+                run.log.append({"step": run.step, "epoch": epoch, "set": name} | scores)
+                if name == "dev" and scores["entity_f1"] > run.best_f1:
+                    run.best_f1 = scores["entity_f1"]
                     save(model, tokenizer, options.output / "best")
             save(model, tokenizer, options.output / "last")
-        write_text(options.output / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in log))
+        write_text(options.output / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in run.log))
+
+    if not team.is_writer:
+        return 0
 
     # What is left behind: the curve, and the scores of the last epoch on the set evaluated last.
+    losses = [entry["loss"] for entry in run.log if entry.get("loss") is not None]
     print(f"\ntraining loss\n{text_curve(losses)}")
     f1s: list[tuple[int, float]] = []
     if evaluated:
         print(f"\n{name} set, last epoch: {report.table()}")
         write_text(options.output / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
         f1s = [
-            (entry["step"], 100 * entry["entity_f1"]) for entry in log if entry.get("set") == name
+            (entry["step"], 100 * entry["entity_f1"])
+            for entry in run.log
+            if entry.get("set") == name
         ]
     try:
         write_png(losses, f1s, options.output / "loss.png")
     except ImportError:
         print("no loss.png: it needs minibert[plot]")
     print(f"\nsaved to {options.output}")
+    return 0
 
 
-@dataclass(frozen=True)
-class Part:
-    """Sentences and the file they are from."""
+def progress(groups: list, done: int, title: str, team: Team) -> tqdm:
+    """The steps of an epoch that are left to do, with a bar that the writer shows."""
+    return tqdm(
+        groups[done:], title, len(groups), initial=done, unit="step", disable=not team.is_writer
+    )
 
-    sentences: list[Sentence]
-    source: str
 
-
-def corpus(options: argparse.Namespace) -> tuple[Part, dict[str, Part]]:
-    """The training sentences, and the sets to evaluate on: "dev" and "test", in this order."""
-    if options.train is not None:
-        train_part = Part(data.read_bio(options.train, options.orphans), str(options.train))
-        parts = {}
-        if options.test is not None:
-            parts["test"] = Part(data.read_bio(options.test, options.orphans), str(options.test))
-    elif options.corpus == "demo":
-        train_sentences, test_sentences = democorpus.generate()
-        train_part = Part(train_sentences, "demo corpus")
-        parts = {"test": Part(test_sentences, "demo corpus")}
-    else:
-        folder = hub.locate_corpus(options.corpus)
-        train_file, test_file = folder / "engtrain.bio", folder / "engtest.bio"
-        train_part = Part(data.read_bio(train_file), str(train_file))
-        parts = {"test": Part(data.read_bio(test_file), str(test_file))}
-    if options.dev is None:
-        return train_part, parts
-    if Path(options.dev).is_file():
-        dev = data.read_bio(Path(options.dev), options.orphans)
-        return train_part, {"dev": Part(dev, options.dev)} | parts
-    try:
-        share = float(options.dev)
-    except ValueError:
-        share = 0.0
-    count = round(share * len(train_part.sentences))
-    if not 0 < count < len(train_part.sentences):
-        raise MinibertError(
-            f"--dev {options.dev}: neither a file nor a share of the training sentences: "
-            "give a BIO file or a number such as 0.1"
-        )
-    generator = torch.Generator().manual_seed(options.seed)
-    order = torch.randperm(len(train_part.sentences), generator=generator).tolist()
-    held_out = [train_part.sentences[i] for i in order[:count]]
-    kept = [train_part.sentences[i] for i in order[count:]]
-    dev_part = Part(held_out, train_part.source)
-    return Part(kept, train_part.source), {"dev": dev_part} | parts
+def lines_of(examples: list[Example], group: list[list[int]], part: Part) -> str:
+    """Where the sentences of a step begin in their file."""
+    numbers = {part.sentences[examples[i].sentence].line for batch in group for i in batch}
+    return f"{part.source}, sentences at lines {', '.join(map(str, sorted(numbers)))}"
 
 
 def collate(examples: list[Example], layout: str, pad_id: int, device: torch.device) -> Batch:
@@ -290,39 +255,19 @@ def save(model: BertForTokenClassification, tokenizer: Tokenizer, directory: Pat
     model.save_pretrained(directory)
 
 
-def parse() -> tuple[argparse.Namespace, Recipe]:
-    """The command line, and the recipe with whatever it changes."""
-    parser = argparse.ArgumentParser(description="Fine-tune BERT for named entities.")
-    parser.add_argument("--model", default="bert-base-cased", help="name or directory")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--corpus", choices=("mit_movie", "demo"), default="mit_movie")
-    parser.add_argument("--train", type=Path, metavar="FILE", help="BIO file instead of a corpus")
-    parser.add_argument("--test", type=Path, metavar="FILE", help="BIO file to look at")
-    parser.add_argument("--dev", metavar="FILE|SHARE", help="choose the best epoch on this")
-    parser.add_argument("--orphans", choices=("refuse", "repair"), default="refuse")
-    parser.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of autocast")
-    parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--recipe", choices=RECIPES, default="default")
-    changes = parser.add_argument_group("changes to the recipe")
-    for field in fields(Recipe):
-        flag = "--" + field.name.replace("_", "-")
-        changes.add_argument(flag, type=type(getattr(RECIPES["paper"], field.name)))
-    options = parser.parse_args()
-    given = {f.name: vars(options)[f.name] for f in fields(Recipe)}
-    changed = {name: value for name, value in given.items() if value is not None}
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit status."""
+    options, recipe = parse(argv)
     try:
-        return options, replace(RECIPES[options.recipe], **changed)
-    except ValueError as error:
-        parser.error(str(error))
+        with team_on(choose_device(options.device)) as team:
+            with redirect_stdout(sys.stdout if team.is_writer else None):
+                return train(options, recipe, team)
+    except MinibertError as problem:
+        print(f"train.py: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
-    try:
-        train(*parse())
-    except MinibertError as problem:
-        print(f"train.py: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line: ``minibert tag | evaluate | parity | download | verify | info``.
+"""The command line: ``minibert tag | trace | evaluate | parity | download | verify | info``.
 
 What a command needs is imported when it runs, so that help and errors come at once.
 """
@@ -19,7 +19,13 @@ from minibert.files import MinibertError, replacing
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; exit status 0, 1 where a verification fails, 2 for bad input."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse gives up on a text that stands behind an option; it belongs to the text all the same.
+    options, rest = parser.parse_known_args(arguments)
+    if rest and ("text" not in options or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.text += rest
     try:
         return options.run(options)
     except MinibertError as error:
@@ -42,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     tag = commands.add_parser("tag", help="find the entities in text")
     tag.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
     tag.add_argument("text", nargs="*", help="one sentence; default: standard input, one a line")
+    tag.add_argument("--json", action="store_true", help="print JSON")
     tag.add_argument(
         "--file",
         metavar="IN",
@@ -54,6 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     _running(tag)
     tag.set_defaults(run=_tag)
 
+    trace = commands.add_parser("trace", help="look at what a model does with a text")
+    trace.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
+    trace.add_argument("text", nargs="*", help="default: standard input, all of it")
+    trace.add_argument("--html", metavar="FILE", type=Path, help="write a page to look around in")
+    trace.add_argument("--png", metavar="FILE", type=Path, help="draw attention maps")
+    trace.add_argument("--layer", type=int, help="draw this layer only, from 0")
+    trace.add_argument("--head", type=int, help="draw this head only, from 0")
+    trace.add_argument("--window", type=int, default=1, help="of a text longer than the model")
+    _running(trace)
+    trace.set_defaults(run=_trace)
+
     evaluate = commands.add_parser("evaluate", help="score a model on a BIO file")
     evaluate.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
     evaluate.add_argument("file", metavar="FILE", type=Path, help="one word and its tag on a line")
@@ -63,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         default="refuse",
         help="an I- tag that continues nothing: an error, or read as B- (default: refuse)",
     )
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
     _running(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -84,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity.add_argument("directory", metavar="DIR", help="a checkpoint with its tokenizer")
     parity.add_argument("text", nargs="*", help="sentences to run; default: three of its own")
-    parity.add_argument("--attn", nargs="+", choices=("eager", "sdpa"), default=("eager", "sdpa"))
+    parity.add_argument(
+        "--attn", nargs="+", choices=("eager", "sdpa", "fused"), default=("eager", "sdpa")
+    )
+    parity.add_argument("--device", default="cpu", help="cpu, cuda, ...; fused needs cuda")
     parity.add_argument(
         "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=("fp32", "bf16", "fp16")
     )
@@ -113,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _running(command: argparse.ArgumentParser) -> None:
     """The options of every command that runs a model."""
-    command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--attn", choices=("auto", "eager", "sdpa", "fused"), default="auto")
     command.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -138,16 +159,26 @@ def _tagger(options: argparse.Namespace):
     )
 
 
-def _tag(options: argparse.Namespace) -> int:
-    from minibert.tagfile import connected, numbered, opened, own_device, rank_and_size, tag_lines
+def _given(options: argparse.Namespace) -> str:
+    """The text of the command line, empty where there is none.
 
+    Raises:
+        MinibertError: it is not UTF-8.
+    """
     given = " ".join(options.text)
     try:
-        raw = given.encode("utf-8")
+        given.encode("utf-8")
     except UnicodeEncodeError as error:
         raise MinibertError(
             f"argument: character {error.start + 1} is not UTF-8: convert the text first"
         ) from None
+    return given
+
+
+def _tag(options: argparse.Namespace) -> int:
+    from minibert.tagfile import connected, numbered, opened, own_device, rank_and_size, tag_lines
+
+    given = _given(options)
     rank, size = rank_and_size()
     if options.text and options.file:
         raise MinibertError("argument: a text and --file: give one of them")
@@ -156,13 +187,36 @@ def _tag(options: argparse.Namespace) -> int:
     if options.file:
         lines, source = opened(options.file), str(options.file)
     elif options.text:
-        lines, source = iter([(1, raw)]), "argument"
+        lines, source = iter([(1, given.encode())]), "argument"
     else:
         lines, source = numbered(sys.stdin.buffer), "standard input"
     options.device = own_device(options.device)
     tagger = _tagger(options)
     with connected(), _written(options.output if rank == 0 else None) as write:
         tag_lines(tagger, lines, source, _as_json if options.json else _marked, write)
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from minibert import heatmap
+    from minibert.files import write_text
+    from minibert.inside import look, terminal
+    from minibert.tagfile import decoded, numbered
+    from minibert.tracepage import page
+
+    if options.png is None and not options.layer is options.head is None:
+        raise MinibertError("--layer and --head say what --png draws: add --png FILE")
+    text = _given(options)
+    if not options.text:
+        lines = numbered(sys.stdin.buffer)
+        text = "\n".join(decoded(line, "standard input") for line in lines)
+    inside = look(_tagger(options), text, options.window)
+    if options.png is not None:
+        heatmap.write_png(inside, options.png, options.layer, options.head)
+    if options.html is not None:
+        write_text(options.html, page(options.directory, inside))
+    if options.png is None and options.html is None:
+        print(_marked(inside.text, inside.entities), terminal(inside), sep="\n\n")
     return 0
 
 
@@ -249,7 +303,9 @@ def _parity(options: argparse.Namespace) -> int:
     from minibert.verdict import table, to_dict
 
     texts = options.text or TEXTS
-    comparisons = compare(options.directory, texts, options.attn, options.dtype, options.layouts)
+    comparisons = compare(
+        options.directory, texts, options.attn, options.dtype, options.layouts, options.device
+    )
     if options.html is not None:
         write_text(options.html, page(options.directory, texts, comparisons))
     kept = all(comparison.kept for comparison in comparisons)

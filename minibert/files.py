@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 JSON_BYTES = 100 << 20  # of a file, at most; the largest there are hold a vocabulary of some 20 MB
 LINE = 1000  # characters of an error, at most
+
+TEMPORARY = ".unfinished"  # how the names of temporary files and directories end
 
 
 class MinibertError(Exception):
@@ -48,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -71,6 +74,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; see ``replacing``."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in and below a directory."""
+    for path in list(directory.rglob(f".*{TEMPORARY}")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_text(path: Path, remedy: str) -> str:

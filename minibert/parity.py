@@ -7,7 +7,8 @@ For every attention implementation, dtype and layout: every intermediate of ever
 are those of tracing.py), every gradient, every parameter after one optimiser step, and in padded
 batches every gradient of a step with dropout. What is promised, and how an error is measured,
 stands in verdict.py. The optimiser's step is taken on fp32 copies, as in mixed precision: in fp16
-Adam's eps of 1e-8 is zero. All on the CPU.
+Adam's eps of 1e-8 is zero. Runs on the CPU, and on a GPU, which fused attention needs: there
+nothing is promised to the bit.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from minibert import hub, reference, weights
 from minibert.data import IGNORE
 from minibert.files import MinibertError
 from minibert.layout import Packed
-from minibert.machine import DTYPES
+from minibert.machine import DTYPES, choose_device
 from minibert.model import BertForMaskedLM, BertForTokenClassification, BertWithHead
 from minibert.optim import AdamW, Group
 from minibert.tokenizer import Tokenizer
 from minibert.tracing import MAPS, names, trace
-from minibert.verdict import Comparison, Values, judge
+from minibert.verdict import Comparison, Values, judge, same_bits
 from minibert.weights import names_of
 
-ON_CPU = ("eager", "sdpa")  # fused runs on CUDA only; tests/test_gpu_model.py judges it there
+ON_CPU = ("eager", "sdpa")  # fused runs on CUDA only
 LAYOUTS = ("padded", "packed")
 TEXTS = (  # of unlike lengths, so that there is padding
     "who directed the frozen station with irene zimmer",
@@ -49,41 +50,54 @@ def compare(
     attn: Sequence[str] = ON_CPU,
     dtypes: Sequence[str] = tuple(DTYPES),
     layouts: Sequence[str] = LAYOUTS,
+    device: str = "cpu",
 ) -> list[Comparison]:
     """Compare minibert with transformers on a checkpoint.
 
     Args:
         directory: of the checkpoint, tokenizer included, or a name of ``hub.MODELS``.
         texts: one sentence each, run as one batch.
-        attn, dtypes, layouts: all combinations of these are compared.
+        attn, dtypes, layouts: all combinations of these are compared; fused with transformers'
+            sdpa.
+        device: where everything runs, float64 included.
 
     Raises:
-        MinibertError: transformers is missing, the directory or a text does not do.
+        MinibertError: transformers is missing, the directory or a text does not do, there is no
+            such device, or fused attention cannot run on it.
     """
+    where = choose_device(device)
     directory = hub.locate_model(directory)
     reference.library()
     kind = _kind(directory)
     ours = {
-        name: kind.from_pretrained(directory, attn_implementation=name, seed=SEED)
+        name: kind.from_pretrained(directory, attn_implementation=name, device=where, seed=SEED)
         for name in {"eager", *attn}
     }
-    theirs = {name: reference.load(directory, model, name) for name, model in ours.items()}
-    padded, packed = batches(ours["eager"], Tokenizer.from_pretrained(directory), texts)
+    theirs = {
+        name: reference.load(directory, model, "sdpa" if name == "fused" else name).to(where)
+        for name, model in ours.items()
+    }
+    padded, packed = batches(ours["eager"], Tokenizer.from_pretrained(directory), texts, where)
+    lengths = packed["layout"].lengths
     comparisons = []
     for dtype_name in dtypes:
         dtype = DTYPES[dtype_name]
-        start = {name: p.detach().to(dtype) for name, p in ours["eager"].named_parameters()}
+        start = {name: p.detach().to(dtype).cpu() for name, p in ours["eager"].named_parameters()}
         exact = observe(theirs["eager"], ours["eager"], padded, dtype, torch.float64)
         own = observe(ours["eager"], ours["eager"], padded, dtype, torch.float64)
         for name in attn:
             reference_run = observe(theirs[name], ours[name], padded, dtype, dtype)
             for layout in layouts:
                 inputs = padded if layout == "padded" else packed
-                got = observe(ours[name], ours[name], inputs, dtype, dtype)
-                lengths = packed["layout"].lengths if layout == "packed" else None
-                expected, true, mine = (_cut(v, lengths) for v in (reference_run, exact, own))
-                rows = judge(layout, got, expected, true, mine, start)
-                comparisons.append(Comparison(name, dtype_name, layout, rows))
+                bits = same_bits(name, layout, where.type)
+                got = observe(ours[name], ours[name], inputs, dtype, dtype, bits)
+                runs = [reference_run, exact, own]
+                if not bits:  # what stands at padding means nothing and is promised by nobody
+                    got = got if layout == "packed" else _cut(got, lengths)
+                    runs = [_cut(values, lengths) for values in runs]
+                expected, true, mine = runs
+                rows = judge(bits, got, expected, true, mine, start)
+                comparisons.append(Comparison(name, dtype_name, layout, rows, where.type))
     return comparisons
 
 
@@ -94,7 +108,12 @@ def _kind(directory: Path) -> type[BertWithHead]:
     return BertForMaskedLM if masked else BertForTokenClassification
 
 
-def batches(model: BertWithHead, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[dict, dict]:
+def batches(
+    model: BertWithHead,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    device: torch.device | str = "cpu",
+) -> tuple[dict, dict]:
     """The texts as a padded and as a packed batch, with segments and labels to have gradients.
 
     Labels are arbitrary but fixed; the second half of every text is segment 1 where there is one,
@@ -137,13 +156,18 @@ def batches(model: BertWithHead, tokenizer: Tokenizer, texts: Sequence[str]) -> 
         "input_ids": ids_BS[mask_BS],
         "token_type_ids": segment_BS[mask_BS],
         "labels": labels_BS[mask_BS],
-        "layout": Packed.from_lengths(lengths),
     }
-    return padded, packed
+    padded, packed = ({k: x.to(device) for k, x in d.items()} for d in (padded, packed))
+    return padded, {**packed, "layout": Packed.from_lengths(lengths, device)}
 
 
 def observe(
-    source: nn.Module, ours: BertWithHead, inputs: dict, rounded: torch.dtype, dtype: torch.dtype
+    source: nn.Module,
+    ours: BertWithHead,
+    inputs: dict,
+    rounded: torch.dtype,
+    dtype: torch.dtype,
+    dropout: bool = True,
 ) -> Values:
     """Run a copy of a model: intermediates, gradients, one step, and a step with dropout.
 
@@ -154,6 +178,10 @@ def observe(
         rounded: what the weights are rounded to before anything else, so that a float64 run has
             the very weights of the run it judges.
         dtype: of the computation.
+        dropout: also take the step with dropout, where masks can be equal.
+
+    Returns:
+        All on the CPU.
     """
     config = ours.config
     model = copy.deepcopy(source).to(rounded).to(dtype).eval()
@@ -174,14 +202,14 @@ def observe(
     values: Values = {}
     for name in names(config.num_hidden_layers):
         value = seen[name]
-        values[name] = [x.detach() for x in (value if isinstance(value, list) else [value])]
-    values |= {f"gradient:{name}": [_gradient(p)] for name, p in parameters.items()}
+        values[name] = [x.detach().cpu() for x in (value if isinstance(value, list) else [value])]
+    values |= {f"gradient:{name}": [_gradient(p).cpu()] for name, p in parameters.items()}
     values |= {f"step:{name}": [x] for name, x in _stepped(parameters, mine).items()}
-    if "layout" not in inputs and dtype == rounded:  # dropout masks depend on layout and dtype
+    if dropout and "layout" not in inputs and dtype == rounded:  # masks depend on both
         model.zero_grad(set_to_none=True)
         torch.manual_seed(SEED)
         model.train()(**inputs).loss.backward()
-        values |= {f"dropout:{name}": [_gradient(p)] for name, p in parameters.items()}
+        values |= {f"dropout:{name}": [_gradient(p).cpu()] for name, p in parameters.items()}
     return values
 
 
@@ -201,13 +229,11 @@ def _stepped(parameters: dict[str, nn.Parameter], mine: bool) -> dict[str, Tenso
         AdamW([Group(list(copies.values()), DECAY)], "torch").step(LR)
     else:
         torch.optim.AdamW(copies.values(), lr=LR, weight_decay=DECAY).step()
-    return {name: parameter.detach() for name, parameter in copies.items()}
+    return {name: parameter.detach().cpu() for name, parameter in copies.items()}
 
 
-def _cut(values: Values, lengths: Sequence[int] | None) -> Values:
-    """A padded batch's values with the padding cut away; as they are without ``lengths``."""
-    if lengths is None:
-        return values
+def _cut(values: Values, lengths: Sequence[int]) -> Values:
+    """A padded batch's values with the padding cut away."""
     cut: Values = {}
     for name, parts in values.items():
         if ":" in name:  # of parameters, which have no tokens

@@ -14,13 +14,20 @@ from minibert.verdict import Comparison, Row, table
 
 WIDTH, HEIGHT, LEFT, TOP = 920, 300, 60, 20  # of a picture, in CSS pixels; LEFT, TOP its margins
 LINES = (  # what is drawn: attribute of Row, its name, how
-    ("reference_error", "transformers", "stroke:#999;stroke-width:5"),
-    ("error", "minibert", "stroke:#0b62c4;stroke-width:2"),
+    ("reference_error", "transformers", "stroke:var(--theirs);stroke-width:5"),
+    ("error", "minibert", "stroke:var(--ours);stroke-width:2"),
 )
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em }
-pre { overflow-x: auto; font-size: 12px } svg { max-width: 100%; height: auto }
-svg text { font-size: 11px; fill: #333 } polyline { fill: none } .broken { color: #b00020 }
+:root { color-scheme: light dark; --paper: #fbfaf7; --ink: #1c2330; --soft: #596274;
+  --line: #dcdad3; --theirs: #a9a9a9; --ours: #1756a9; --broken: #b00020 }
+@media (prefers-color-scheme: dark) { :root { --paper: #11151c; --ink: #e7eaf0; --soft: #a2acbd;
+  --line: #313947; --theirs: #66707f; --ours: #86b8f7; --broken: #ff8a8a } }
+body { color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif;
+  max-width: 960px; margin: 2em auto; padding: 0 1em }
+pre { overflow-x: auto; font-size: 12px } h1 { overflow-wrap: anywhere }
+.picture { overflow-x: auto } svg { width: 100%; min-width: 640px; height: auto; display: block }
+svg text { font-size: 12px; fill: var(--soft) } svg path { stroke: var(--line) }
+polyline { fill: none } .broken { color: var(--broken) }
 """
 
 
@@ -48,10 +55,11 @@ other mean the same error, and where the bits are equal it is the same numbers.<
 
 
 def _section(c: Comparison) -> str:
-    heading = escape(f"{c.attn} {c.dtype} {c.layout}")
+    heading = escape(c.title)
     return (
         f"<h2>{heading}</h2><p>{escape(c.promise)}: {_verdict(c.kept, 'kept', 'broken')}</p>"
-        f"{picture(c)}<details><summary>Every tensor</summary><pre>{escape(table(c, full=True))}"
+        f'<div class="picture" tabindex="0">{picture(c)}</div>'
+        f"<details><summary>Every tensor</summary><pre>{escape(table(c, full=True))}"
         "</pre></details>"
     )
 
@@ -81,13 +89,13 @@ def picture(comparison: Comparison) -> str:
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="error by layer">']
     for power in range(low, high + 1):
         parts.append(
-            f'<path d="M{LEFT} {y(power):.1f}H{WIDTH - 10}" stroke="#ddd"/>'
+            f'<path d="M{LEFT} {y(power):.1f}H{WIDTH - 10}"/>'
             f'<text x="8" y="{y(power) + 4:.1f}">1e{power}</text>'
         )
     for index, row in enumerate(rows):
         if row.operation == "q":  # a layer begins
             parts.append(
-                f'<path d="M{x(index):.1f} {TOP}V{HEIGHT - TOP}" stroke="#eee"/>'
+                f'<path d="M{x(index):.1f} {TOP}V{HEIGHT - TOP}"/>'
                 f'<text x="{x(index):.1f}" y="{HEIGHT - 4}">layer {row.name.split(".")[1]}</text>'
             )
     for number, (attribute, name, style) in enumerate(LINES):
@@ -107,10 +115,10 @@ def picture(comparison: Comparison) -> str:
 
 def _dot(x: float, y: float, row: Row) -> str:
     """A point with the row as its tooltip, red and large where the promise is broken."""
-    colour, radius = ("#0b62c4", 2.5) if row.kept else ("#b00020", 4.5)
+    colour, radius = ("ours", 2.5) if row.kept else ("broken", 4.5)
     told = f"{row.name}: {row.error:.1e}, transformers {row.reference_error:.1e}"
     return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}">'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" style="fill:var(--{colour})">'
         f"<title>{escape(told)}</title></circle>"
     )
 

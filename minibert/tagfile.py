@@ -51,7 +51,7 @@ def tag_lines(
     for number, pool in enumerate(pools(lines, lambda line: len(line[1]))):
         owner = number % size
         if owner == rank:
-            texts = [_decoded(line, source) for line in pool]
+            texts = [decoded(line, source) for line in pool]
             found = tagger.tag_texts(texts)
             made = "".join(f"{show(text, entities)}\n" for text, entities in zip(texts, found))
             write(made.encode()) if rank == 0 else _send(made.encode())
@@ -107,7 +107,12 @@ def opened(path: Path) -> Iterator[Line]:
         ) from None
 
 
-def _decoded(line: Line, source: str) -> str:
+def decoded(line: Line, source: str) -> str:
+    """The text of a line without its end.
+
+    Raises:
+        MinibertError: it is not UTF-8.
+    """
     number, raw = line
     try:
         return raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")

@@ -1,11 +1,14 @@
 """What a comparison with transformers found: every tensor judged, and the whole as text or JSON.
 
-The promise depends on the layout:
+The promise depends on what is computed:
 
-padded  the same bits as transformers.
-packed  no padding to compute, hence other sums: an error at most ``FORWARD`` times, for gradients
-        ``BACKWARD`` times, that of transformers itself, both measured against transformers in
-        float64 with the same weights (the rule of flash-attention's tests/models/test_bert.py).
+padded, eager or sdpa, on the CPU
+        the same bits as transformers.
+packed, fused or on a GPU
+        other kernels or no padding to compute, hence other sums: an error at most ``FORWARD``
+        times, for gradients ``BACKWARD`` times, that of transformers itself, both measured against
+        transformers in float64 with the same weights (the rule of flash-attention's
+        tests/models/test_bert.py).
 
 An error is a relative one in the 2-norm, ‖x − exact‖ / ‖exact‖: the largest single error of a small
 tensor is a matter of luck, their root mean square is not. That of a parameter after a step is
@@ -81,11 +84,18 @@ class Comparison:
     dtype: str
     layout: str
     rows: list[Row]
+    device: str = "cpu"
+
+    @property
+    def title(self) -> str:
+        """The combination."""
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.attn} {self.dtype} {self.layout}{where}"
 
     @property
     def promise(self) -> str:
-        """What is promised for the layout."""
-        if self.layout == "padded":
+        """What is promised for the combination."""
+        if same_bits(self.attn, self.layout, self.device):
             return "bit-equal"
         return f"error within {FORWARD:g}x, gradients {BACKWARD:g}x, of transformers' own"
 
@@ -105,13 +115,18 @@ class Comparison:
         return next((row for row in self.rows if not row.kept), None)
 
 
+def same_bits(attn: str, layout: str, device: str) -> bool:
+    """Whether bit equality is promised, or else a bounded error."""
+    return layout == "padded" and attn != "fused" and device == "cpu"
+
+
 def judge(
-    layout: str, got: Values, expected: Values, exact: Values, own: Values, start: dict[str, Tensor]
+    bits: bool, got: Values, expected: Values, exact: Values, own: Values, start: dict[str, Tensor]
 ) -> list[Row]:
     """Every tensor of ours against the same of transformers, and the promise on it.
 
     Args:
-        layout: "padded" or "packed".
+        bits: whether the same bits are promised; see ``same_bits``.
         got, expected: ours and transformers' at the dtype in question.
         exact, own: transformers' and ours in float64.
         start: the parameters before the step, by our name.
@@ -132,7 +147,7 @@ def judge(
             reference_error = _error(name, expected[name], exact[name], start)
             error = reference_error if equal else _error(name, parts, exact[name], start)
             own_error = error if torch.equal(mine, true) else _error(name, parts, own[name], start)
-            if layout == "packed":
+            if not bits:
                 kind = name.partition(":")[0]
                 factor = BACKWARD if kind in least else FORWARD
                 rounding = torch.finfo(x.dtype).eps / 2  # on top, one
@@ -197,7 +212,7 @@ def table(comparison: Comparison, full: bool = False) -> str:
     c = comparison
     verdict = "kept" if c.kept else "BROKEN"
     lines = [
-        f"{c.attn} {c.dtype} {c.layout}: {c.promise}: {verdict}",
+        f"{c.title}: {c.promise}: {verdict}",
         f"  {'':54} {'max |Δ|':>9} {'ULPs':>10} {'error':>9} {'reference':>9} {'float64':>9}",
     ]
     for row in c.rows if full else _worst(c.rows):
@@ -248,6 +263,7 @@ def to_dict(comparison: Comparison) -> dict:
         "attn": c.attn,
         "dtype": c.dtype,
         "layout": c.layout,
+        "device": c.device,
         "promise": c.promise,
         "kept": c.kept,
         **{key: row and row.name for key, row in found.items()},

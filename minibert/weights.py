@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minibert.files import MinibertError, parse_json, replacing
 
@@ -26,6 +27,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.uint8: "U8",
 }
 
 HEADER_BYTES = 10 << 20  # of a safetensors file, at most; that of BERT-base has 25 kB
@@ -178,6 +180,24 @@ def _canonical(name: str) -> str:
     return name
 
 
+class Blank(TorchFunctionMode):
+    """Within it a module is built as shapes alone, and draws nothing: ``fill`` brings the values.
+
+    ``torch.device("meta")`` by itself runs the drawing on shapes, in Python code that imports
+    torch's compiler: as slow again as all of ``import torch``.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Leave out what ``nn.init`` does; tensors that are made are made on the meta device."""
+        kwargs = kwargs or {}
+        if func is Tensor.normal_:
+            return args[0]
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        with torch.device("meta"):
+            return func(*args, **kwargs)
+
+
 def fill(
     model: nn.Module,
     tensors: dict[str, Tensor],
@@ -188,7 +208,7 @@ def fill(
     """Give a model built on the meta device its parameters, drawing those that are not there.
 
     Args:
-        model: as built under ``torch.device("meta")``.
+        model: as built under ``Blank()``.
         tensors: what ``read`` gave.
         dtype: of the parameters afterwards, fresh ones drawn in it.
         initializer_range: standard deviation of fresh weights.
@@ -262,9 +282,7 @@ def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> 
 def save(model: nn.Module, path: Path) -> None:
     """Write the parameters under their checkpoint names, whole or not at all.
 
-    The same weights give the same bytes: the safetensors library orders the metadata by chance, so
-    the header (its length, JSON, padding to 8 bytes) is written here. The metadata carries a hash
-    of the tensors, so that a flipped bit is found on loading.
+    The metadata carries a hash of the tensors, so that a flipped bit is found on loading.
 
     Raises:
         MinibertError: the directory cannot be written or the disk is full.
@@ -273,9 +291,17 @@ def save(model: nn.Module, path: Path) -> None:
         theirs: model.get_parameter(ours).detach().cpu().contiguous()
         for ours, theirs in sorted(names_of(model).items(), key=lambda names: names[1])
     }
-    header: dict[str, dict] = {
-        "__metadata__": {"format": "pt", "minibert.sha256": _digest(tensors)}
-    }
+    with replacing(path) as temporary:
+        write(temporary, tensors, {"format": "pt", "minibert.sha256": _digest(tensors)})
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file of tensors on the CPU, in the order given.
+
+    The same tensors give the same bytes: the safetensors library orders the metadata by chance, so
+    the header (its length, JSON, padding to 8 bytes) is written here.
+    """
+    header: dict[str, dict] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -286,7 +312,7 @@ def save(model: nn.Module, path: Path) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(_bytes(tensor))

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "minibert"
 # From the ground up. A module imports from floors below its own, or beside it on the ground.
 FLOORS = (
     {"files", "layout", "numerics"},
-    {"kernels"},
+    {"kernels", "distributed"},
     {
+        "averaging",
         "config",
         "curve",
         "decoding",
@@ -25,10 +26,11 @@ FLOORS = (
         "weights",
         "verdict",
     },
-    {"attention", "data"},
+    {"attention", "data", "checkpoint"},
     {"model", "democorpus"},
-    {"tagger", "verify", "info", "tracing", "reference", "paritypage"},
-    {"evaluation", "parity", "tagfile"},
+    {"tagger", "verify", "info", "tracing", "reference", "paritypage", "recipe"},
+    {"evaluation", "parity", "inside", "tagfile"},
+    {"tracepage", "heatmap"},
     {"cli"},
 )
 FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
@@ -89,3 +91,14 @@ def test_the_readme_maps_every_module() -> None:
     readme = (ROOT / "README.md").read_text()
     for name in {room(path) for path in modules()} - {"__init__"}:
         assert f"`{name}.py`" in readme or f"`{name}/`" in readme, name
+
+
+def test_every_test_the_reliability_page_names_exists() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", page)
+    assert len(named) > 40
+    for test in named:
+        assert f"def {test}(" in tests, test
+    rows = re.findall(r"^\| (?!fault)[^\n]*", page, flags=re.MULTILINE)
+    assert all(re.search(r"test_\w+`", row) for row in rows), "every promise has a test"

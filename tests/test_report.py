@@ -18,7 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minibert
-from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, attention, numerics
+from minibert import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    attention,
+    kernels,
+    numerics,
+)
 from minibert import parity as parity_module
 from minibert.cli import main
 from minibert.files import MinibertError
@@ -313,7 +320,7 @@ def test_the_page_draws_every_intermediate_and_escapes_text(
     assert page.tags.count("svg") == 1
     assert page.tags.count("circle") == len(names(2))
     assert page.tags.count("polyline") == 2
-    red = re.findall(r'r="4.5" fill="#b00020"><title>(\S+):', text)
+    red = re.findall(r'r="4.5" style="fill:var\(--broken\)"><title>(\S+):', text)
     assert red[0] == "layers.1.post_gelu"
     points = [re.findall(r"[\d.]+,([\d.]+)", line) for line in re.findall(r'points="(.*?)"', text)]
     theirs, ours = ([float(y) for y in line] for line in points)
@@ -331,6 +338,49 @@ def test_a_picture_of_numbers_that_are_none() -> None:
     assert Page(picture(Comparison("sdpa", "fp16", "packed", gap))).tags.count("polyline") == 4
     none = [row("embeddings.sum", 0.0), row("logits", None)]
     assert "polyline" not in picture(Comparison("sdpa", "fp16", "packed", none))
+
+
+def test_fused_attention_is_held_to_a_bounded_error(tiny: Path, capsys, monkeypatch) -> None:
+    """Its kernel stands in for itself here: sdpa, a sentence at a time. No GPU ran this yet."""
+
+    def attend(q_NHK, k_NHK, v_NHK, starts, max_length, dropout_p=0.0):
+        parts = [x.split(starts.diff().tolist()) for x in (q_NHK, k_NHK, v_NHK)]
+        return torch.cat(
+            [
+                F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part)).transpose(0, 1)
+                for part in zip(*parts)
+            ]
+        )
+
+    monkeypatch.setattr(
+        attention, "choose", lambda name, *_: attention.Choice(name, "stands in for itself")
+    )
+    monkeypatch.setattr(kernels, "attend_packed", attend)
+    for c in compare(tiny, TEXTS, attn=["fused"], dtypes=["fp32", "bf16"]):
+        assert c.kept, (c.title, str(c.first_broken))
+        assert c.promise.startswith("error within 2x")
+        assert [row.name for row in c.rows if row.name in names(2)] == names(2)
+        assert not any(row.name.startswith("dropout") for row in c.rows)
+    half = kernels.attend_packed
+    monkeypatch.setattr(kernels, "attend_packed", lambda *args: half(*args) * (1 + 1e-4))
+    for c in compare(tiny, TEXTS, attn=["fused"], dtypes=["fp32"]):
+        assert c.first_broken.name == "layers.0.context"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("chosen", [["--attn", "fused"], ["--device", "cuda"]])
+def test_without_a_gpu_it_says_so(chosen: list[str], tiny: Path, capsys) -> None:
+    assert main(["parity", str(tiny), *chosen]) == 2
+    error = capsys.readouterr().err
+    assert "CUDA" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_promise_is_kept_on_a_gpu(minilm: Path) -> None:
+    for c in compare(minilm, TEXTS, attn=["eager", "sdpa", "fused"], device="cuda"):
+        assert c.kept, (c.title, str(c.first_broken))
 
 
 def test_what_cannot_be_compared_is_said(tiny: Path, capsys, monkeypatch) -> None:

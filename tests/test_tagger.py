@@ -211,6 +211,16 @@ def test_tag_prints_text_and_json(directory: Path, tagger: Tagger, capsys) -> No
         assert f"[{entity['text']} {entity['type']} " in out
 
 
+def test_a_text_may_stand_behind_options(directory: Path, capsys) -> None:
+    text = ("who directed", "the frozen station")
+    before = run(capsys, "tag", directory, *text, "--dtype", "fp32")
+    assert run(capsys, "tag", directory, "--dtype", "fp32", *text) == before
+    assert before[0] == 0
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "tag", directory, "jaws", "--dtpye", "fp32")
+    assert "unrecognized arguments: --dtpye" in capsys.readouterr().err
+
+
 def test_tag_streams_standard_input(directory: Path, capsys, monkeypatch) -> None:
     lines = "who directed jaws\n\nalien, é\r\nlast line"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))

@@ -48,6 +48,7 @@ def test_a_run_leaves_what_it_promises_and_repeats_to_the_bit(
     output = tmp_path / "a"
     assert {path.name for path in output.iterdir()} == {
         "best",
+        "checkpoints",
         "last",
         "loss.png",
         "metrics.jsonl",
@@ -57,6 +58,7 @@ def test_a_run_leaves_what_it_promises_and_repeats_to_the_bit(
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, 11))
+    assert steps[0].keys() == {"step", "epoch", "loss", "lr"}, "no timing: it is not repeatable"
     assert steps[0]["lr"] == 0.0  # the first step of the warm-up
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [entry["epoch"] for entry in log if entry.get("set") == "dev"] == [1, 2]
@@ -117,7 +119,7 @@ def test_a_run_with_nothing_to_evaluate_on(files: Path, minilm: Path, tmp_path: 
     )
     assert ran.returncode == 0, ran.stderr
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"last", "loss.png", "metrics.jsonl"}
+    assert left == {"checkpoints", "last", "loss.png", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,177 @@
+"""Several processes train one model: the same curve, the same scores, one writer, no lost work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import (
+    ROOT,
+    assert_same_tree,
+    run_team,
+    tiny_model,
+    write_bio,
+)
+
+from minibert import democorpus
+from minibert.checkpoint import list_of, read
+
+# A sum over processes adds the same numbers in another order: an ulp or two of a loss around 3 at
+# every step, which the steps of the optimiser carry on.
+ROUNDING = 20 * torch.finfo(torch.float32).eps
+LAYOUTS = {
+    "padded": ("--layout", "longest"),
+    "packed": ("--layout", "packed"),
+    "accumulated": ("--accumulate", "3", "--batch-size", "3"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """57 sentences: the last batch of 8 is a single one, and a second process has nothing to do.
+
+    No dropout: its masks are drawn by each process for its own sentences.
+    """
+    folder = tmp_path_factory.mktemp("files")
+    train, test = democorpus.generate()
+    tiny_model(folder / "model", train[:57] + test[:12], dropout=0.0)
+    write_bio(folder / "train.bio", train[:57])
+    write_bio(folder / "test.bio", train[:12])
+    return folder
+
+
+def arguments(files: Path, output: Path, *more: str) -> list:
+    return [
+        *("--model", files / "model", "--train", files / "train.bio", "--dev", files / "test.bio"),
+        *("--device", "cpu", "--dtype", "fp32", "--epochs", "4", "--batch-size", "8"),
+        *("--lr", "1e-2", "--average", "inf", "--checkpoint-every", "4"),
+        *("--output", output, *more),
+    ]
+
+
+def finish(size: int, files: Path, output: Path, *more: str) -> list[str]:
+    """Train to the end in so many processes; what each of them printed."""
+    runs = run_team(size, arguments(files, output, *more), output.parent)
+    assert [run.wait() for run in runs] == [0] * size, [run.text() for run in runs]
+    return [run.text() for run in runs]
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_to_rounding(output: Path, expected: Path) -> None:
+    """The loss of every step to rounding, every score exactly."""
+    for ours, theirs in zip(log_of(output), log_of(expected), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if name == "loss":
+                assert abs(ours[name] - value) <= ROUNDING * value, theirs
+            else:
+                assert ours[name] == value, theirs
+    assert (output / "report.json").read_bytes() == (expected / "report.json").read_bytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_have_the_curve_and_the_scores_of_one(
+    files: Path, tmp_path: Path, layout: str
+) -> None:
+    finish(1, files, tmp_path / "one", *LAYOUTS[layout])
+    scores = [entry.get("entity_f1", 0) for entry in log_of(tmp_path / "one")]
+    assert max(scores) > 0, "scores that say something"
+    writer, other = finish(2, files, tmp_path / "two", *LAYOUTS[layout])
+    assert_same_to_rounding(tmp_path / "two", tmp_path / "one")
+    assert "saved to" in writer
+    assert other == "", "one of them speaks and writes"
+
+
+def test_three_processes_are_killed_and_go_on_to_the_same_bits(files: Path, tmp_path: Path) -> None:
+    """Three, because the sum of two numbers does not depend on their order."""
+    finish(3, files, tmp_path / "whole")
+    output = tmp_path / "run"
+    runs = run_team(3, arguments(files, output), tmp_path)
+    runs[0].wait_until(lambda: len(list_of(output / "checkpoints")) >= 2)
+    for run in runs:
+        run.process.kill()
+    assert [run.wait() for run in runs] == [-signal.SIGKILL] * 3
+    finish(3, files, output, "--resume")
+    assert_same_tree(output, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("killed", "size"), [(0, 1), (1, 3)])
+def test_a_process_dies_and_others_go_on(
+    files: Path, tmp_path: Path, killed: int, size: int
+) -> None:
+    """The run ends and says so; it is resumed with another number of processes."""
+    finish(1, files, tmp_path / "whole")
+    output = tmp_path / "run"
+    runs = run_team(2, arguments(files, output), tmp_path)
+    runs[0].wait_until(lambda: list_of(output / "checkpoints"))
+    runs[killed].process.kill()
+    assert runs[killed].wait() == -signal.SIGKILL
+    survivor = runs[1 - killed]
+    assert survivor.wait() == 2, survivor.text()
+    assert "Traceback" not in survivor.text()
+    line = survivor.text().splitlines()[-1]
+    assert "another process of the run has ended" in line
+    text = finish(size, files, output, "--resume")[0]
+    assert f"the number of processes was 2 and is {size}: the run goes on" in text
+    assert_same_to_rounding(output, tmp_path / "whole")
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    runs = run_team(2, arguments(files, output, "--epochs", "200"), tmp_path)
+    runs[0].wait_until(lambda: "epoch 1:" in runs[0].text())
+    runs[1].send(signal.SIGTERM)
+    assert [run.wait() for run in runs] == [143, 143]
+    assert "the same command with --resume goes on" in runs[0].text()
+    (*_, last) = list_of(output / "checkpoints")
+    assert len(read(last).tensors["generator.cpu"]) == 2, "every process's generator is in it"
+
+
+def test_the_writer_cannot_write(files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    runs = run_team(2, arguments(files, output), tmp_path)
+    runs[0].wait_until(lambda: list_of(output / "checkpoints"))
+    for run in runs:
+        run.send(signal.SIGSTOP)
+    output.rename(tmp_path / "elsewhere")
+    for run in runs:
+        run.send(signal.SIGCONT)
+    assert [run.wait() for run in runs] == [2, 2]
+    assert "cannot be written (No such file or directory)" in runs[0].text()
+    assert not any("Traceback" in run.text() for run in runs)
+
+
+def test_torchrun(files: Path, tmp_path: Path) -> None:
+    """As it is typed; a process that is killed ends the run with its reason."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", str(ROOT / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(output: Path, *more: str) -> subprocess.Popen:
+        command = [*launcher, *map(str, arguments(files, output, *more))]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    output = tmp_path / "run"
+    started = start(output, "--epochs", "2000")
+    try:
+        while not list_of(output / "checkpoints"):
+            assert started.poll() is None, started.communicate()
+        children = f"/proc/{started.pid}/task/{started.pid}/children"
+        victim = int(Path(children).read_text().split()[-1])
+        os.kill(victim, signal.SIGKILL)
+        _, errors = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    assert started.returncode == 1
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in errors
+    assert read(list_of(output / "checkpoints")[-1])

@@ -1,0 +1,311 @@
+"""The page of ``minibert trace --html`` in a real browser, as a reader uses it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minibert import Tagger
+from minibert.inside import Inside, look
+from minibert.tracepage import page as page_of
+from tests.test_inside import HOSTILE, TEXT, tagger, trained  # noqa: F401
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+HOVER_MS, HEAD_MS = 100, 300  # with 512 pieces: to light a token, to show another head
+NEAREST = """((colour) => {
+    const gaps = ramp.map((known) => Math.hypot(...known.map((x, i) => x - colour[i])));
+    return weight(gaps.indexOf(Math.min(...gaps)));
+})"""  # JavaScript: the weight that has a colour
+LONG = "who directed the frozen station with irene zimmer in a film of the fifties " * 60
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no browser: apt-get install chromium, then the page is tested too")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+class Opened:
+    """A page in the browser, and what it complained of or asked for."""
+
+    def __init__(self, browser, file: Path, html: str, width: int = 1100):
+        file.write_text(html, encoding="utf-8")
+        self.page = browser.new_page(viewport={"width": width, "height": 800})
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(file.as_uri())
+        self.shown(0, 0)
+
+    def shown(self, layer: int, head: int) -> None:
+        """Wait until that head is drawn."""
+        from playwright.sync_api import expect
+
+        # No wait_for_function: it asks for eval, which the page's policy forbids.
+        expect(self.page.locator("#map-title")).to_have_text(f"Layer {layer}, head {head}")
+
+    def run(self, code: str):
+        return self.page.evaluate(code)
+
+    def token(self, index: int):
+        return self.page.locator("#tokens button").nth(index)
+
+    def lit(self) -> list[float]:
+        """The weight of every token, read back from the colour it has on the screen."""
+        return self.run(
+            f"""[...$("tokens").children].map((token) =>
+                 {NEAREST}(getComputedStyle(token).backgroundColor.match(/\\d+/g).map(Number)))"""
+        )
+
+    def close(self) -> None:
+        assert self.complaints == []
+        assert len(self.requests) == 1, self.requests
+        assert self.requests[0].startswith("file:")
+        self.page.close()
+
+
+@pytest.fixture(scope="module")
+def inside(tagger: Tagger) -> Inside:  # noqa: F811
+    return look(tagger, TEXT)
+
+
+@pytest.fixture
+def opened(browser, inside: Inside, tmp_path: Path) -> Iterator[Opened]:
+    found = Opened(browser, tmp_path / "page.html", page_of("runs/demo", inside))
+    yield found
+    found.close()
+
+
+def close_to(weights) -> object:
+    return pytest.approx(list(map(float, weights)), abs=0.012)  # neighbouring colours may be equal
+
+
+def test_pointing_at_a_token_lights_what_it_looks_at(opened: Opened, inside: Inside) -> None:
+    for token in (1, 4):
+        opened.token(token).hover()
+        assert opened.lit() == close_to(inside.maps[0][0][token])
+        reading = opened.page.locator("#reading").inner_text()
+        assert reading.startswith(f"{inside.pieces[token]} looks at")
+    order = inside.maps[0][0][4].argsort(descending=True).tolist()
+    names = opened.page.locator("#strongest .name").all_inner_texts()
+    assert names[0].split(" at ")[0] == inside.pieces[order[0]]
+    values = [float(v) for v in opened.page.locator("#strongest .value").all_inner_texts()]
+    assert values[:8] == close_to(inside.maps[0][0][4][order[:8]])
+    assert sum(values) == pytest.approx(1, abs=0.06)  # nine rounded numbers
+    opened.page.get_by_text("is looked at by").click()
+    assert opened.lit() == close_to(inside.maps[0][0][:, 4])
+
+
+def test_a_held_token_stays_until_let_go(opened: Opened, inside: Inside) -> None:
+    opened.token(2).click()
+    opened.token(5).hover()
+    assert opened.lit() == close_to(inside.maps[0][0][2])
+    opened.page.keyboard.press("Escape")
+    opened.token(6).hover()
+    assert opened.lit() == close_to(inside.maps[0][0][6])
+
+
+def test_layer_and_head_are_picked_by_list_grid_and_key(opened: Opened, inside: Inside) -> None:
+    opened.token(3).hover()
+    opened.page.locator("#layer").select_option("4")
+    opened.page.locator("#head").select_option("7")
+    opened.shown(4, 7)
+    assert opened.lit() == close_to(inside.maps[4][7][3])
+    opened.page.get_by_role("button", name="Layer 2, head 11").click()
+    opened.shown(2, 11)
+    assert opened.page.locator("#layer").input_value() == "2"
+    assert opened.lit() == close_to(inside.maps[2][11][3])
+    for key, layer, head in (("ArrowLeft", 2, 10), ("ArrowDown", 3, 10), ("End", 5, 11)):
+        opened.page.keyboard.press(key)
+        opened.shown(layer, head)
+        pressed = opened.page.locator("#heads button[aria-pressed=true]")
+        assert pressed.get_attribute("aria-label") == f"Layer {layer}, head {head}"
+        assert opened.lit() == close_to(inside.maps[layer][head][3])
+
+
+def test_everything_can_be_reached_by_keyboard(opened: Opened, inside: Inside) -> None:
+    seen = []
+    while len(seen) < 8 and seen[-1:] != ["heads"]:
+        opened.page.keyboard.press("Tab")
+        seen.append(opened.run("document.activeElement.closest('[id]')?.id ?? ''"))
+        if seen[-1] == "tokens":
+            start = opened.run("state.token")
+            opened.page.keyboard.press("ArrowRight")
+            opened.page.keyboard.press("ArrowRight")
+            assert opened.run("document.activeElement.dataset.index") == str(start + 2)
+            assert opened.lit() == close_to(inside.maps[0][0][start + 2])
+            opened.page.keyboard.press("Enter")
+            assert opened.run("document.activeElement.ariaPressed") == "true"
+            opened.page.keyboard.press("Home")
+            assert opened.lit() == close_to(inside.maps[0][0][0])
+    assert [name for name in seen if name in ("layer", "head", "tokens", "heads")] == [
+        "layer",
+        "head",
+        "tokens",
+        "heads",
+    ]
+
+
+def test_the_map_is_drawn_and_drawn_anew_at_every_width_and_in_the_dark(
+    opened: Opened, inside: Inside
+) -> None:
+    cells = f"""(() => {{
+        const canvas = document.createElement("canvas"); // a copy, to be read from memory
+        [canvas.width, canvas.height] = [$("map").width, $("map").height];
+        const pen = canvas.getContext("2d", {{willReadFrequently: true}});
+        pen.drawImage($("map"), 0, 0);
+        const image = pen.getImageData(0, 0, canvas.width, canvas.height).data;
+        return [...Array(S * S).keys()].map((i) => {{
+            const at = (k, start) => Math.round((start + (k + 0.3) * grid.cell) * devicePixelRatio);
+            const pixel = at(Math.floor(i / S), grid.top) * canvas.width + at(i % S, grid.left);
+            return {NEAREST}(image.slice(4 * pixel, 4 * pixel + 3));
+        }});
+    }})()"""
+    opened.page.get_by_role("button", name="Layer 2, head 8").click()
+    opened.shown(2, 8)
+    backgrounds = set()
+    for width in (1600, 320):
+        for scheme in ("light", "dark"):
+            opened.page.set_viewport_size({"width": width, "height": 700})
+            opened.page.emulate_media(color_scheme=scheme)
+            opened.page.wait_for_timeout(200)  # the observer of sizes, and the head inflated anew
+            assert opened.run("$('map').getBoundingClientRect().right <= innerWidth")
+            assert opened.run("document.documentElement.scrollWidth <= innerWidth")
+            assert opened.run(cells) == close_to(inside.maps[2][8].flatten())
+            backgrounds.add(opened.run("getComputedStyle(document.body).backgroundColor"))
+    assert len(backgrounds) == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_every_shade(opened: Opened, scheme: str) -> None:
+    """Contrast of 4.5 to 1, as WCAG 2.2 asks of text (success criterion 1.4.3)."""
+    opened.page.emulate_media(color_scheme=scheme)
+    opened.page.wait_for_timeout(100)
+    contrasts = """(() => {
+        const light = (colour) => colour
+            .map((x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+        const ratio = (a, b) =>
+            (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
+        const style = getComputedStyle(document.documentElement);
+        const named = (name) => style.getPropertyValue(name).trim().match(/[0-9a-f]{2}/g)
+            .map((x) => parseInt(x, 16));
+        const black = [0, 0, 0], white = [255, 255, 255];
+        const seen = ramp.map((shade) => ratio(shade, over(shade) === "#000" ? black : white));
+        for (const ground of ["--paper", "--card"])
+            for (const ink of ["--ink", "--soft", "--accent", "--mark"])
+                seen.push(ratio(named(ground), named(ink)));
+        return seen;
+    })()"""
+    assert min(opened.run(contrasts)) >= 4.5
+
+
+def test_the_table_says_what_the_model_says(opened: Opened, inside: Inside) -> None:
+    rows = opened.page.locator("#predictions tbody tr")
+    assert rows.count() == len(inside.pieces)
+    for place in (0, *inside.firsts):
+        cells = rows.nth(place).locator("th, td").all_inner_texts()
+        word = inside.word_of[place]
+        assert cells[0] == inside.pieces[place]
+        assert cells[1] == ("" if word is None else inside.words[word])
+        for cell, layer in zip(cells[2:], inside.predictions):
+            name, percent = cell.split()
+            assert name == layer[place].name
+            assert int(percent) == pytest.approx(100 * layer[place].score, abs=0.6)
+        assert cells[9].split()[:1] == ([] if word is None else [inside.labels[word].name])
+    marks = opened.page.locator("#sentence mark").all_inner_texts()
+    assert len(marks) == len(inside.entities) > 0
+    for mark, entity in zip(marks, inside.entities):
+        assert mark.split() == [*entity.text.split(), entity.type, f"{entity.score:.2f}"]
+
+
+def test_a_hostile_text_is_only_shown(browser, tagger: Tagger, tmp_path: Path) -> None:  # noqa: F811
+    inside = look(tagger, HOSTILE)
+    opened = Opened(browser, tmp_path / "page.html", page_of("<img src=x>", inside))
+    for token in range(0, len(inside.pieces), 7):
+        opened.token(token).hover()
+    assert opened.page.title() == "Inside minibert"
+    assert opened.run("document.scripts.length") == 2
+    assert opened.run("document.images.length") == 0
+    texts = """[...$("sentence").childNodes].map((part) => part.firstChild?.data ?? "").join("")"""
+    assert opened.run(texts) == HOSTILE
+    assert opened.run("[...$('tokens').children].map((t) => t.textContent)") == inside.pieces
+    opened.close()
+
+
+def test_the_policy_forbids_what_is_not_the_pages_own(browser, inside, tmp_path: Path) -> None:
+    opened = Opened(browser, tmp_path / "page.html", page_of("x", inside))
+    opened.run(
+        """(() => {
+          const script = document.createElement("script");
+          script.textContent = "window.ran = true";
+          document.body.append(script);
+          const image = document.createElement("img");
+          image.src = "https://example.invalid/a.png";
+          document.body.append(image);
+        })()"""
+    )
+    assert opened.run("fetch('https://example.invalid/').then(() => 'sent', () => 'refused')") == (
+        "refused"
+    )
+    assert opened.run("window.ran") is None
+    assert len(opened.complaints) >= 3
+    assert all("Content Security Policy" in complaint for complaint in opened.complaints[:2])
+    opened.page.close()
+
+
+def test_512_pieces_stay_quick(browser, tagger: Tagger, tmp_path: Path) -> None:  # noqa: F811
+    """In processor time of the page's thread, for a busy machine is not a fault of the page."""
+    inside = look(tagger, LONG)
+    html = page_of("long", inside)
+    assert len(inside.pieces) == 512
+    assert len(html) < 8e6  # 72 maps
+    opened = Opened(browser, tmp_path / "page.html", html)
+    tools = opened.page.context.new_cdp_session(opened.page)
+    tools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy() -> float:
+        """Milliseconds that the thread has worked: scripts, styles, layout, painting."""
+        opened.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+        found = tools.send("Performance.getMetrics")["metrics"]
+        return 1000 * next(m["value"] for m in found if m["name"] == "TaskDuration")
+
+    over = "new PointerEvent('pointerover', {bubbles: true})"
+    hovers, heads = [], []
+    for index in (5, 70, 20):
+        start = busy()
+        opened.run(f"$('tokens').children[{index}].dispatchEvent({over})")  # what a pointer sends
+        hovers.append(busy() - start)
+        assert opened.run("state.token") == index
+    for head in (5, 2, 9):
+        start = busy()
+        opened.page.locator("#head").select_option(str(head))
+        opened.shown(0, head)
+        heads.append(busy() - start)
+    print(f"hover {hovers}, head {heads} ms")
+    assert min(hovers) < HOVER_MS, hovers
+    assert min(heads) < HEAD_MS, heads
+    opened.token(30).hover()
+    assert opened.lit() == pytest.approx(inside.maps[0][9][30].tolist(), abs=0.035)
+    opened.close()
