@@ -25,6 +25,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -194,6 +195,47 @@ def text(draw: Random, folder: Path) -> bool:
     return tag(folder, mutate.bytes_(draw, raw) if draw.random() < 0.2 else raw)
 
 
+@cache
+def good_checkpoint() -> dict[str, bytes]:
+    """The files of a whole checkpoint of training, by name."""
+    import torch
+
+    from minibert import checkpoint
+
+    state = dict.fromkeys(checkpoint.REQUIRED) | {"format": checkpoint.FORMAT, "log": [{"step": 1}]}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "step-000001"
+        checkpoint.write(path, {"weight.a": torch.ones(3), "generator.cpu": torch.ones(1)}, state)
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def checkpoint_of_training(draw: Random, folder: Path) -> bool:
+    """One of its files is changed, and sometimes the manifest says that this is right."""
+    from minibert import checkpoint
+    from minibert.files import MinibertError
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch)
+        for name, content in good_checkpoint().items():
+            (path / name).write_bytes(content)
+        name = draw.choice((checkpoint.MANIFEST, checkpoint.MANIFEST, *good_checkpoint()))
+        change = mutate.safetensors_ if name == checkpoint.TENSORS else json_file
+        (path / name).write_bytes(change(draw, (path / name).read_bytes()))
+        if name != checkpoint.MANIFEST and draw.random() < 0.9:
+            manifest = {
+                file: checkpoint.described(path / file)
+                for file in (checkpoint.TENSORS, checkpoint.STATE)
+            }
+            (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+        try:
+            checkpoint.read(path)
+        except MinibertError as error:
+            if len(str(error).splitlines()) != 1:
+                raise BrokenError(f"not one line of error: {error}") from None
+            return False
+        return True
+
+
 TARGETS: dict[str, Callable[[Random, Path], bool]] = {
     "safetensors": changed("model.safetensors", mutate.safetensors_),
     "config": changed("config.json", json_file),
@@ -201,6 +243,7 @@ TARGETS: dict[str, Callable[[Random, Path], bool]] = {
     "vocab": vocab,
     "bio": bio,
     "text": text,
+    "checkpoint": checkpoint_of_training,
 }
 
 
