@@ -8,7 +8,8 @@ PYTHON ?= $(VENV)/bin/python
 export MALLOC_MMAP_THRESHOLD_ = 1073741824
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
-.PHONY: demo test test-slow fuzz gpu-test gpu-bench check docs train scores format clean
+.PHONY: demo test test-slow fuzz gpu-test gpu-bench bench bench-full check docs train scores format \
+	clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
@@ -44,6 +45,18 @@ gpu-test: $(SETUP) weights/minilm/model.safetensors
 
 gpu-bench: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m benchmarks.gpu_bench
+
+# Speed and memory on this CPU beside transformers, onnxruntime and OpenVINO, and README.md's table
+# from it: about ten minutes on two cores. BENCH="--model-dir DIR" also judges a trained model.
+BENCH ?=
+bench: $(SETUP) weights/minilm/model.safetensors
+ifneq ($(SETUP),)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+endif
+	$(PYTHON) -m benchmarks.bench $(BENCH)
+
+bench-full:
+	$(MAKE) bench BENCH="--plan full $(BENCH)"
 
 check: $(SETUP)
 	$(PYTHON) -m ruff check .

@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from minibert import data, hub
+from minibert.averaging import WeightAverage
 from minibert.checkpoint import Checkpoints, Stop, Training, seed_apart
 from minibert.curve import text_curve, write_png
 from minibert.data import Batch, Example
@@ -42,7 +43,7 @@ from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
 from minibert.machine import choose_device, choose_dtype, name_of
 from minibert.model import BertForTokenClassification
-from minibert.optim import LossScaler, WeightAverage, bert_groups, choose_adamw, linear_schedule
+from minibert.optim import LossScaler, bert_groups, choose_adamw, linear_schedule
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
 from minibert.tagger import Tagger
 from minibert.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
 
     # Optimiser and schedule: the learning rate is a pure function of the step.
     optimizer, reason = choose_adamw(
-        bert_groups(model, recipe.weight_decay), recipe.optimizer, recipe.eps
+        bert_groups(model, recipe.weight_decay), recipe.optimizer, recipe.eps, options.plain_adamw
     )
     print(f"attention {model.attn_implementation}, AdamW {reason}")
     average = WeightAverage(model.parameters(), recipe.average)
@@ -108,6 +109,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
             options.seed,
             name_of(dtype),
             model.attn_implementation,
+            type(optimizer).__name__,
             directory,
             {"training": train_set} | evaluated,
         ),

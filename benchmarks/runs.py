@@ -41,10 +41,10 @@ def machine() -> dict:
     }
 
 
-def keep(name: str, result: dict) -> Path:
-    """Write ``results/NAME-DATE.json``."""
+def keep(name: str, result: dict, folder: Path = RESULTS) -> Path:
+    """Write ``NAME-DATE.json`` into the folder."""
     today = datetime.date.today().isoformat()
-    path = RESULTS / f"{name}-{today}.json"
+    path = folder / f"{name}-{today}.json"
     write_text(path, json.dumps({"date": today, "machine": machine()} | result, indent=2) + "\n")
     return path
 

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from minibert import weights
+from minibert.averaging import WeightAverage
 from minibert.distributed import Team
 from minibert.files import TEMPORARY, MinibertError, sha256_of, sweep, sync
-from minibert.optim import AdamW, LossScaler, WeightAverage
+from minibert.optim import AdamW, LossScaler
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT = 1

@@ -237,7 +237,7 @@ class BertWithHead(nn.Module):
         choice = attention.choose(attn_implementation, device, dtype, config.head_size)
         path = directory / weights.WEIGHTS
         tensors = weights.read(path)
-        with torch.device("meta"):
+        with weights.Blank():
             model = cls(config, choice.name)
         if seed is not None:
             torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""AdamW in the three versions that BERT has been trained with, clipping, schedule, averaging.
+"""AdamW in the three versions that BERT has been trained with, clipping, and the schedule.
 
 They are all called AdamW and differ in four places; over a fine-tuning that is more than noise.
 
@@ -12,15 +12,15 @@ They are all called AdamW and differ in four places; over a fine-tuning that is 
 bit; "transformers" the AdamW that library shipped until version 5; "google" the optimiser of
 google-research/bert (``optimization.py``), which pretrained the weights.
 
-``AdamW`` is the reference and runs anywhere; ``OnePassAdamW`` does the same in one pass over memory
-on CUDA. ``choose_adamw`` decides, and says why.
+``AdamW`` is the reference and runs anywhere, one of torch's operations at a time. ``FusedAdamW``
+(on the CPU, by torch's own kernel) and ``OnePassAdamW`` (on CUDA, by ours) do the same in one pass
+over memory, and differ from it by rounding. ``choose_adamw`` decides, and says why.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -193,6 +193,54 @@ class AdamW:
                 parameter.add_(parameter, alpha=-lr * decay)
 
 
+class FusedAdamW(AdamW):
+    """The same on the CPU, semantics "torch": unscaling, clipping and update by torch's own kernel.
+
+    Without clipping the bits are those of ``torch.optim.AdamW(fused=True)``. The plain one makes
+    ten passes over a parameter, this one makes one, after that of the norm.
+    """
+
+    def clipped_step(self, lr: float, max_norm: float, scaler: LossScaler | None = None) -> Tensor:
+        """As the plain one; the gradients are left unscaled and clipped."""
+        scale = 1.0 if scaler is None else scaler.scale
+        norm = joint_norm(p.grad for p in self.parameters() if p.grad is not None) / scale
+        if scaler is None or scaler.record(math.isfinite(norm)):
+            self._update_all(lr, scale * max(1.0, (float(norm) + 1e-6) / max_norm))
+        return norm
+
+    def step(self, lr: float) -> None:
+        """One update without clipping."""
+        self._update_all(lr, 1.0)
+
+    @torch.no_grad()
+    def _update_all(self, lr: float, divisor: float) -> None:
+        """One update by the gradients divided by this."""
+        self.steps += 1
+        steps = torch.tensor(float(self.steps))
+        scale = None if divisor == 1.0 else torch.tensor(divisor)
+        moments = zip(self.first, self.second)
+        for group in self.groups:
+            rows = [(p, p.grad, *next(moments)) for p in group.parameters]
+            if rows := [row for row in rows if row[1] is not None]:
+                parameters, gradients, first, second = (list(column) for column in zip(*rows))
+                torch._fused_adamw_(
+                    parameters,
+                    gradients,
+                    first,
+                    second,
+                    [],
+                    [steps] * len(rows),
+                    lr=lr * group.lr_factor,
+                    beta1=self.betas[0],
+                    beta2=self.betas[1],
+                    weight_decay=group.weight_decay,
+                    eps=self.eps,
+                    amsgrad=False,
+                    maximize=False,
+                    grad_scale=scale,
+                )
+
+
 class OnePassAdamW(AdamW):
     """The same on CUDA: unscaling, clipping and update by one kernel, each number read once.
 
@@ -247,14 +295,24 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_adamw(groups: Sequence[Group], semantics: str, eps: float | None = None) -> Choice:
-    """One pass where the parameters are on a GPU that can run it, else one operation at a time.
+def choose_adamw(
+    groups: Sequence[Group], semantics: str, eps: float | None = None, plain: bool = False
+) -> Choice:
+    """One pass over memory where that can run, else one operation at a time.
 
-    Arguments as for ``AdamW``.
+    Args:
+        groups, semantics, eps: as for ``AdamW``.
+        plain: one operation at a time in any case, for the bits of ``torch.optim.AdamW``.
     """
     device = next(p.device for group in groups for p in group.parameters)
+    if plain:
+        return Choice(AdamW(groups, semantics, eps=eps), "in torch's operations: asked for")
+    if device.type == "cpu" and semantics == "torch":
+        reason = "with clipping and unscaling in one pass, by torch's fused CPU kernel"
+        return Choice(FusedAdamW(groups, semantics, eps=eps), reason)
     if device.type != "cuda":
-        return Choice(AdamW(groups, semantics, eps=eps), f"in torch's operations on {device.type}")
+        reason = f"in torch's operations: no one-pass kernel for {semantics!r} on {device.type}"
+        return Choice(AdamW(groups, semantics, eps=eps), reason)
     if obstacle := adamw.obstacle(device, semantics):
         reason = f"in torch's operations: the one-pass kernel cannot run: {obstacle}"
         return Choice(AdamW(groups, semantics, eps=eps), reason)
@@ -263,65 +321,29 @@ def choose_adamw(groups: Sequence[Group], semantics: str, eps: float | None = No
 
 
 @torch.no_grad()
+def joint_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, a scalar tensor.
+
+    The norm of the per-tensor norms, in the order given: another grouping rounds differently.
+    """
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+
+
+@torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients so that their joint 2-norm is at most ``max_norm``.
 
-    The norm of the per-parameter norms, in the order given: another grouping rounds differently.
     The formula is that of ``torch.nn.utils.clip_grad_norm_``.
 
     Returns:
         The norm before clipping, a scalar tensor.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    norm = joint_norm(gradients)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for gradient in gradients:
         gradient.mul_(factor)
     return norm
-
-
-class WeightAverage:
-    """The average of the weights over the steps of training, later steps counting more.
-
-    The average of the points on the path is nearer to the minimum than the last of them (Polyak &
-    Juditsky 1992). Here the weights after step t count about in proportion to t^power:
-    polynomial-decay averaging (Shamir & Zhang 2013, section 4), in which no number depends on how
-    long the run is.
-
-    Args:
-        parameters: what to average.
-        power: 0 is the plain mean; ``inf`` the last weights alone, which takes no memory.
-
-    Raises:
-        ValueError: a negative power.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], power: float):
-        if not power >= 0:
-            raise ValueError(f"power must not be negative, got {power}")
-        self.power = power
-        self.weights = [p.detach() for p in parameters] if math.isfinite(power) else []
-        self.averages = [weight.clone() for weight in self.weights]
-
-    def update(self, step: int) -> None:
-        """Take the weights after a step in; ``step`` counts from 1."""
-        for average, weight in zip(self.averages, self.weights):
-            average.lerp_(weight, (self.power + 1) / (self.power + step))
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Within the block the model has the averages for its weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for weight, average in zip(self.weights, self.averages):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
 
 
 class LossScaler:

@@ -143,18 +143,19 @@ def arguments_of(
     seed: int,
     dtype: str,
     attention: str,
+    adamw: str,
     directory: Path,
     parts: dict[str, Part],
 ) -> dict[str, str]:
     """What decides the result of a run, by name: a run is resumed with the same only.
 
     Args:
-        recipe, seed, dtype, attention: as chosen.
+        recipe, seed, dtype, attention, adamw: as chosen.
         directory: of the model that is trained; its files count, not its name.
         parts: the sentences, by what they are for; they count, not their files' names.
     """
     values = {name: str(value) for name, value in asdict(recipe).items()}
-    values |= {"seed": str(seed), "dtype": dtype, "attention": attention}
+    values |= {"seed": str(seed), "dtype": dtype, "attention": attention, "AdamW": adamw}
     for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt"):
         if (directory / name).is_file():
             values[f"the model's {name}"] = sha256_of(directory / name)
@@ -176,6 +177,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
     parser.add_argument("--orphans", choices=("refuse", "repair"), default="refuse")
     parser.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of autocast")
+    parser.add_argument(
+        "--plain-adamw", action="store_true", help="one operation at a time: the reference's bits"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minibert.files import MinibertError, parse_json, replacing
 
@@ -179,6 +180,24 @@ def _canonical(name: str) -> str:
     return name
 
 
+class Blank(TorchFunctionMode):
+    """Within it a module is built as shapes alone, and draws nothing: ``fill`` brings the values.
+
+    ``torch.device("meta")`` by itself runs the drawing on shapes, in Python code that imports
+    torch's compiler: as slow again as all of ``import torch``.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Leave out what ``nn.init`` does; tensors that are made are made on the meta device."""
+        kwargs = kwargs or {}
+        if func is Tensor.normal_:
+            return args[0]
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        with torch.device("meta"):
+            return func(*args, **kwargs)
+
+
 def fill(
     model: nn.Module,
     tensors: dict[str, Tensor],
@@ -189,7 +208,7 @@ def fill(
     """Give a model built on the meta device its parameters, drawing those that are not there.
 
     Args:
-        model: as built under ``torch.device("meta")``.
+        model: as built under ``Blank()``.
         tensors: what ``read`` gave.
         dtype: of the parameters afterwards, fresh ones drawn in it.
         initializer_range: standard deviation of fresh weights.

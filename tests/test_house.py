@@ -14,6 +14,7 @@ FLOORS = (
     {"files", "layout", "numerics"},
     {"kernels", "distributed"},
     {
+        "averaging",
         "config",
         "curve",
         "decoding",

@@ -298,11 +298,14 @@ def test_a_directory_that_vanishes(files: Path, whole: Path, tmp_path: Path) -> 
     assert_same_tree(output, whole)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_numbers_that_go_wrong_stop_the_run(files: Path, tmp_path: Path, dtype: str) -> None:
+# Small batches for fp16: it gives up within the first epoch, before the model is evaluated.
+@pytest.mark.parametrize(("dtype", "batch_size"), [("fp32", 8), ("fp16", 1)])
+def test_numbers_that_go_wrong_stop_the_run(
+    files: Path, tmp_path: Path, dtype: str, batch_size: int
+) -> None:
     output = tmp_path / "run"
-    more = ("--dtype", dtype, "--lr", "1e38", "--keep", "100", "--average", "inf")
-    more += ("--batch-size", "2")  # so that it gives up before the first evaluation
+    more = ("--dtype", dtype, "--lr", "1e38", "--epochs", "5", "--keep", "100", "--average", "inf")
+    more += ("--batch-size", str(batch_size))
     line = error_line(Run(arguments(files, output, *more), tmp_path / "printed"))
     step = int(line.partition("step ")[2].partition(":")[0])
     assert "the loss is nan" in line or "the loss is inf" in line or "norm inf" in line
@@ -320,7 +323,7 @@ def test_numbers_that_go_wrong_stop_the_run(files: Path, tmp_path: Path, dtype: 
     sentences, _ = democorpus.generate()
     starts = {sentence.line for sentence in sentences[:60]}
     assert {int(number) for number in numbers} <= starts
-    assert len(numbers) == 2
+    assert len(numbers) in (batch_size, 60 % batch_size)
 
 
 def test_the_same_twice_and_metrics_are_json(whole: Path, files: Path, tmp_path: Path) -> None:

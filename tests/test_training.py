@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minibert import BertForTokenClassification
+from minibert.averaging import WeightAverage
 from minibert.optim import (
     AdamW,
+    FusedAdamW,
     Group,
     LossScaler,
-    WeightAverage,
     bert_groups,
+    choose_adamw,
     clip_grad_norm,
     linear_schedule,
 )
@@ -152,6 +154,88 @@ def test_each_semantics_follows_its_formula(decay: float) -> None:
         walk(ours("transformers", decay)), walk(transformers_adamw(decay)), **tolerance
     )
     torch.testing.assert_close(walk(ours("google", decay)), walk(google_adamw(decay)), **tolerance)
+
+
+SHAPES = ((300, 65), (33,), (7, 5, 3), (2,))  # whole vectors and rests, and one without a gradient
+
+
+def trajectory(make, clip: float | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Where 30 steps lead, by an optimiser made from two lists of parameters, decayed and not."""
+    draw = torch.Generator().manual_seed(5)
+    parameters = [nn.Parameter(torch.randn(s, generator=draw).to(dtype)) for s in SHAPES]
+    step = make(parameters[:2], parameters[2:])
+    for turn in range(30):
+        for parameter in parameters[:3]:
+            gradient = torch.randn(parameter.shape, generator=draw) * 10.0 ** (turn % 4 - 3)
+            parameter.grad = gradient.to(dtype)
+        step(1e-2 * (turn + 1) / 30, clip)
+    return [parameter.detach() for parameter in parameters]
+
+
+def by(kind: type[AdamW]):
+    def make(decayed: list, spared: list):
+        optimizer = kind([Group(decayed, 0.1), Group(spared, 0.0, lr_factor=0.5)])
+
+        def step(lr: float, clip: float | None) -> None:
+            optimizer.step(lr) if clip is None else optimizer.clipped_step(lr, clip)
+
+        return step
+
+    return make
+
+
+def by_torch_fused(decayed: list, spared: list):
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+
+    def step(lr: float, clip: float | None) -> None:
+        assert clip is None
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, lr * 0.5
+        optimizer.step()
+
+    return step
+
+
+def test_fused_adamw_equals_torchs() -> None:
+    for mine, theirs in zip(trajectory(by(FusedAdamW), None), trajectory(by_torch_fused, None)):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_fused_adamw_errs_no_more_than_the_plain_one(clip: float | None) -> None:
+    exact = trajectory(by(AdamW), clip, torch.float64)
+    errors = {}
+    for kind in (AdamW, FusedAdamW):
+        apart = [a.double() - b for a, b in zip(trajectory(by(kind), clip), exact)]
+        errors[kind] = torch.cat([difference.flatten() for difference in apart])
+    assert 0 < errors[FusedAdamW].norm() <= 1.1 * errors[AdamW].norm()
+    assert errors[FusedAdamW].abs().max() <= 2 * errors[AdamW].abs().max() < 1e-5
+
+
+def test_an_overflow_skips_a_fused_step() -> None:
+    parameter = nn.Parameter(torch.ones(20))
+    optimizer, scaler = FusedAdamW([Group([parameter])]), LossScaler(scale=8.0)
+    parameter.grad = torch.full((20,), math.inf)
+    optimizer.clipped_step(0.1, 1.0, scaler)
+    assert (parameter == 1).all()
+    assert (optimizer.steps, scaler.scale) == (0, 4.0)
+    parameter.grad = torch.full((20,), 4e-3)  # 1e-3 before it was scaled: below the bound
+    optimizer.clipped_step(0.1, 1.0, scaler)
+    reference = nn.Parameter(torch.ones(20))
+    reference.grad = torch.full((20,), 1e-3)
+    torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0, fused=True).step()
+    assert torch.equal(parameter, reference)
+
+
+def test_which_adamw_is_taken_and_why() -> None:
+    groups = [Group([nn.Parameter(torch.ones(2))])]
+    fused, reason = choose_adamw(groups, "torch")
+    assert type(fused) is FusedAdamW
+    assert reason == "with clipping and unscaling in one pass, by torch's fused CPU kernel"
+    assert type(choose_adamw(groups, "torch", plain=True).optimizer) is AdamW
+    google, reason = choose_adamw(groups, "google")
+    assert type(google) is AdamW
+    assert "no one-pass kernel for 'google' on cpu" in reason
 
 
 def test_the_semantics_differ_as_much_as_is_said() -> None:

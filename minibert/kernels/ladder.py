@@ -163,7 +163,11 @@ RUNGS: dict[str, Attend] = {
 }
 
 
-@torch.compiler.assume_constant_result
 def name_of_rung(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The chosen rung's name; to ``torch.compile`` a constant."""
     return choose(device, dtype, head_size).name
+
+
+# The mark that torch.compiler.assume_constant_result sets. To set it that way imports the compiler,
+# which takes as long as all the rest of torch.
+vars(name_of_rung)["_dynamo_marked_constant"] = True

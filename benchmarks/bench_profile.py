@@ -1,0 +1,59 @@
+"""Where the time goes: torch's profiler over one pass of ours and of transformers'."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import bench_training, stage
+from benchmarks.stage import Place, Plan, Run
+from minibert.tagger import Tagger
+
+INFERENCE, TURNS, WARM_UP = False, 1, 1
+# The first that is part of the operation's name.
+KINDS = {
+    "products": ("mm", "linear", "mkldnn"),
+    "AdamW": ("adamw", "lerp_", "addcmul_", "addcdiv_", "sqrt"),
+    "norm of the gradients": ("vector_norm",),
+    "copies and casts": ("copy_", "aten::cat"),
+    "filling with zeros": ("fill_", "zero_"),
+    "dropout's random numbers": ("bernoulli_",),
+    "LayerNorm": ("layer_norm",),
+    "GELU": ("gelu",),
+    "attention": ("attention", "softmax"),
+}
+
+
+def subjects(plan: Plan) -> Sequence[str]:
+    return ("minibert, inference", "minibert, training", "transformers, training")
+
+
+def test_profile(found: dict) -> None:
+    assert sum(found["shares"].values()) > 0.99
+
+
+def build(subject: str, place: Place) -> Run:
+    side, what = subject.split(", ")
+    if what == "training":
+        names = bench_training.subjects(place.plan)
+        name = next(n for n in names if n.startswith(side) and (side == "minibert" or "fused" in n))
+        once = bench_training.build(name, place)
+    else:
+        model = stage.in_bf16(stage.ours, place.plan_name)
+        examples = stage.test_examples(place.plan_name)
+        batches = list(Tagger(model, stage.tokenizer())._batches(examples))
+        once = lambda: [model(**batch.inputs) for batch in batches]  # noqa: E731
+
+    def run() -> dict:
+        with profile(activities=[ProfilerActivity.CPU]) as watched:
+            once()
+        spent: Counter[str] = Counter()
+        for event in watched.key_averages():
+            kinds = (k for k, parts in KINDS.items() if any(p in event.key for p in parts))
+            spent[next(kinds, "the rest")] += event.self_cpu_time_total
+        total = sum(spent.values())
+        return {"shares": {kind: time / total for kind, time in spent.most_common()}}
+
+    return run

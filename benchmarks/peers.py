@@ -1,0 +1,129 @@
+"""The libraries that are compared with, each as a function from padded batches to logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.stage import Padded
+
+Predict = Callable[[Padded], Tensor]  # logits (B, S, L), float
+
+
+class MissingError(Exception):
+    """A library that is not installed."""
+
+
+def need(*modules: str) -> None:
+    """Say which of these is not installed, if any.
+
+    Raises:
+        MissingError: one is not.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingError(f"{module} is not installed: pip install -e '.[bench]'")
+
+
+def torch_model(model: nn.Module) -> Predict:
+    def predict(batch: Padded) -> Tensor:
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+    return predict
+
+
+def eager(model: nn.Module) -> Predict:
+    """transformers' model with its attention written out."""
+    import copy
+
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    return torch_model(model)
+
+
+def compiled(model: nn.Module) -> Predict:
+    return torch_model(torch.compile(model, dynamic=True))
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+@cache
+def onnx_file(model: nn.Module, folder: Path) -> Path:
+    """transformers' model as ONNX."""
+    need("onnx")
+    path = folder / "model.onnx"
+    ids = torch.ones(2, 7, dtype=torch.long)
+    mask = ids.clone()
+    mask[1, 4:] = 0  # traced with padding: without, the mask would be left out of the graph
+    axes = {0: "B", 1: "S"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Logits(model).eval(),
+            (ids, mask),
+            str(path),
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": axes},
+            opset_version=17,
+            dynamo=False,
+        )
+    return path
+
+
+def onnxruntime_model(model: nn.Module, folder: Path, int8: bool = False) -> Predict:
+    need("onnxruntime")
+    import onnxruntime
+
+    path = onnx_file(model, folder)
+    if int8:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        logging.disable(logging.WARNING)
+        small = folder / "model.int8.onnx"
+        quantize_dynamic(str(path), str(small), weight_type=QuantType.QInt8)
+        logging.disable(logging.NOTSET)
+        path = small
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def predict(batch: Padded) -> Tensor:
+        inputs = {name: x.numpy() for name, x in batch._asdict().items()}
+        return torch.from_numpy(session.run(None, inputs)[0])
+
+    return predict
+
+
+def openvino_model(model: nn.Module, folder: Path, precision: str) -> Predict:
+    """``precision``: "f32" or "bf16"."""
+    need("openvino")
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    network = core.compile_model(core.read_model(onnx_file(model, folder)), "CPU", settings)
+
+    def predict(batch: Padded) -> Tensor:
+        inputs = {name: x.numpy() for name, x in batch._asdict().items()}
+        return torch.from_numpy(network(inputs)[0])
+
+    return predict
