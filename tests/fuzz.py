@@ -36,7 +36,7 @@ PATIENCE = 600.0  # seconds by the clock: something waits that nothing will wake
 MEMORY = 512 << 20
 BLOCK = 2500  # inputs to a child process
 ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -96,6 +96,12 @@ def good(folder: Path, lowercase: bool = True) -> None:
         for parameter in model.parameters():
             parameter.mul_(20)
     model.save_pretrained(folder)
+
+
+def peak_mib() -> int:
+    """The most memory that this program has had; getrusage counts what it was forked from, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) >> 10
 
 
 def command(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str]:

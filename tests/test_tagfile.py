@@ -173,17 +173,19 @@ def test_a_full_disk_under_standard_output(folder: Path) -> None:
 
 
 PEAK = """
-import resource, sys
+import sys
+import fuzz
 from minibert import cli
 status = cli.main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, file=sys.stderr)
+print(fuzz.peak_mib(), file=sys.stderr)
 sys.exit(status)
 """
 
 
 def peak_mib(folder: Path, given: Path) -> int:
+    arguments = ["--file", given, "--output", f"{given}.out", "--dtype", "fp32", "--device", "cpu"]
     ran = subprocess.run(
-        [sys.executable, "-c", PEAK, "tag", folder, "--file", given, "--output", f"{given}.out"],
+        [sys.executable, "-c", PEAK, "tag", folder, *arguments],
         env=os.environ | fuzz.ENVIRONMENT,
         capture_output=True,
         text=True,
