@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ from minibert.averaging import WeightAverage
 from minibert.checkpoint import Checkpoints, Stop, Training, seed_apart
 from minibert.curve import text_curve, write_png
 from minibert.data import Batch, Example
-from minibert.distributed import Team, team_on
+from minibert.distributed import AloneError, Team, team_on
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
 from minibert.machine import choose_device, choose_dtype, name_of
@@ -263,7 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with redirect_stdout(sys.stdout if team.is_writer else None):
                 return train(options, recipe, team)
     except MinibertError as problem:
-        print(f"train.py: {problem}", file=sys.stderr)
+        print(f"train.py: {problem}", file=sys.stderr, flush=True)
+        if isinstance(problem, AloneError):
+            sys.stdout.flush()
+            os._exit(2)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -26,6 +26,14 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # for the others while the writer evaluates
 
 
+class AloneError(MinibertError):
+    """Another process of the run has ended.
+
+    What this one had sent it will never be answered, and torch may wait for that when the program
+    ends: end it by ``os._exit``.
+    """
+
+
 @dataclass(frozen=True)
 class Team:
     """The processes of one run.
@@ -105,7 +113,7 @@ def team_on(device: torch.device) -> Iterator[Team]:
         device: where to train; of several GPUs every process takes its own.
 
     Raises:
-        MinibertError: another process has ended and left this one alone.
+        AloneError: another process has ended and left this one alone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -120,9 +128,11 @@ def team_on(device: torch.device) -> Iterator[Team]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
-        raise MinibertError(
+        raise AloneError(
             "another process of the run has ended: its own last line, or torchrun's, says why: "
             "when that is mended, go on with --resume"
         ) from None
-    finally:
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

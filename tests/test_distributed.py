@@ -128,7 +128,7 @@ def test_a_process_dies_and_others_go_on(
 def test_a_signal_to_one_process_stops_all_after_the_same_step(files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     runs = run_team(2, arguments(files, output, "--epochs", "200"), tmp_path)
-    runs[0].wait_until(lambda: "epoch 1:" in runs[0].text())
+    runs[0].wait_until(lambda: list_of(output / "checkpoints"))  # so the other is in its loop, too
     runs[1].send(signal.SIGTERM)
     assert [run.wait() for run in runs] == [143, 143]
     assert "the same command with --resume goes on" in runs[0].text()
