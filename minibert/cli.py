@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -243,6 +244,8 @@ def _print(raw: bytes) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
+        # Python tries once more when it exits, and would end with a status of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise MinibertError(
             f"standard output: cannot be written ({error.strerror}): free some space"
         ) from None
