@@ -158,6 +158,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", xlabel=label, title="tokens/s, bf16", ylim=(0, None))
         if rows:
             axis.legend()
+        else:
+            axis.set_title("not run")
     sized = [row for row in parts.get("memory", {}).values() if "sentences" in row]
     axes[1, 1].plot([r["sentences"] for r in sized], [r["peak_mb"] for r in sized], "o-")
     axes[1, 1].set(
