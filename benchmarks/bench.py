@@ -63,7 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
         spent = (time.monotonic() - began) / 60
         if spent > minutes:
             result["left_out"][part] = f"{spent:.1f} minutes were over"
-            write(result, options.output)
             continue
         print(f"\n== {part} (after {spent:.1f} minutes)", flush=True)
         rows, failure = run_part(part, options.plan, options.model_dir)
