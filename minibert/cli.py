@@ -143,11 +143,11 @@ def _running(command: argparse.ArgumentParser) -> None:
         "--each-word", action="store_true", help="best label of each word alone, BIO or not"
     )
     command.add_argument(
-        "--padded", action="store_true", help="pad batches instead of packing them"
+        "--padded", action="store_true", help="the reference's way: padded batches, plain layers"
     )
 
 
-def _tagger(options: argparse.Namespace):
+def _tagger(options: argparse.Namespace, prepack: bool = True):
     from minibert.tagger import Tagger
 
     return Tagger.from_pretrained(
@@ -156,6 +156,7 @@ def _tagger(options: argparse.Namespace):
         dtype=options.dtype,
         device=options.device,
         pack=not options.padded,
+        prepack=prepack and not options.padded,
         well_formed=not options.each_word,
     )
 
@@ -211,7 +212,7 @@ def _trace(options: argparse.Namespace) -> int:
     if not options.text:
         lines = numbered(sys.stdin.buffer)
         text = "\n".join(decoded(line, "standard input") for line in lines)
-    inside = look(_tagger(options), text, options.window)
+    inside = look(_tagger(options, prepack=False), text, options.window)
     if options.png is not None:
         heatmap.write_png(inside, options.png, options.layer, options.head)
     if options.html is not None:

@@ -227,8 +227,19 @@ def padded(
     return _batch(examples, inputs, firsts, device)
 
 
-def packed(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """All examples end to end, sorted by length so that attention sees few, large blocks."""
+def packed(
+    examples: Sequence[Example],
+    device: torch.device | str = "cpu",
+    filler: int | None = None,
+) -> Batch:
+    """All examples end to end, sorted by length so that attention sees few, large blocks.
+
+    Args:
+        examples: at least one.
+        device: where the tensors go.
+        filler: a piece to fill the batch up to ``rounded`` with, in sentences of their own at its
+            end, which belong to no example; None fills nothing up.
+    """
     examples = sorted(examples, key=lambda example: len(example.ids))
     labels_N: list[int] = []
     firsts: list[int] = []
@@ -238,12 +249,30 @@ def packed(examples: Sequence[Example], device: torch.device | str = "cpu") -> B
         for first, label in zip(example.firsts, example.labels):
             labels_N[start + first] = label
         firsts += [start + first for first in example.firsts]
+    ids_N = [piece for example in examples for piece in example.ids]
+    lengths = [len(example.ids) for example in examples]
+    if filler is not None and (more := rounded(len(ids_N)) - len(ids_N)):
+        ids_N += [filler] * more
+        labels_N += [IGNORE] * more
+        # None is longer than the longest example: the model has positions for these too.
+        rows, rest = divmod(more, lengths[-1])
+        lengths += [lengths[-1]] * rows + [rest] * (rest > 0)
     inputs = {
-        "input_ids": torch.tensor([piece for example in examples for piece in example.ids]),
+        "input_ids": torch.tensor(ids_N),
         "labels": torch.tensor(labels_N),
-        "layout": Packed.from_lengths([len(example.ids) for example in examples], device),
+        "layout": Packed.from_lengths(lengths, device),
     }
     return _batch(examples, inputs, firsts, device)
+
+
+def rounded(tokens: int) -> int:
+    """The next of a few numbers, eight from one power of two to the next.
+
+    oneDNN compiles its bf16 products anew for every number of rows, and keeps them: half a MB for
+    every shape of a weight, up to a thousand times. With few numbers of rows it soon has them all.
+    """
+    step = 1 << max(0, tokens.bit_length() - 4)
+    return -(-tokens // step) * step
 
 
 def _batch(

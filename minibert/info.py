@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import torch
 
-from minibert import __version__, attention, kernels
+from minibert import __version__, attention, kernels, prepacked
 from minibert.files import home
 from minibert.machine import DTYPES, DtypeChoice, choose_device, choose_dtype, name_of
 
@@ -34,6 +34,7 @@ def describe() -> str:
         f"auto device  {device}",
         f"auto dtype   {_line(dtype)}",
         f"auto attn    {choice.name}: {choice.reason}",
+        f"auto layers  {_layers(device, dtype.dtype)}",
         *(f"fused {name:6} {_fused(device, known)}" for name, known in DTYPES.items()),
     ]
     return "\n".join(lines)
@@ -41,6 +42,11 @@ def describe() -> str:
 
 def _line(choice: DtypeChoice) -> str:
     return f"{name_of(choice.dtype)}: {choice.reason}"
+
+
+def _layers(device: torch.device, dtype: torch.dtype) -> str:
+    choice = prepacked.choose(device, dtype)
+    return f"{'prepacked' if choice.prepack else 'plain'} for tagging: {choice.reason}"
 
 
 def _fused(device: torch.device, dtype: torch.dtype) -> str:

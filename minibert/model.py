@@ -142,6 +142,20 @@ class Bert(nn.Module):
         with torch.no_grad():
             self.embeddings.word.weight[config.pad_token_id].zero_()
 
+    def plain_layers(self) -> list[EncoderLayer]:
+        """The layers, for whoever needs their parts.
+
+        Raises:
+            ValueError: they have been prepacked (prepacked.py) and have no parts.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, EncoderLayer)]
+        if len(layers) < len(self.layers):
+            raise ValueError(
+                "the layers are prepacked and keep no plain weights: load the model by "
+                "from_pretrained, or the Tagger with prepack=False"
+            )
+        return layers
+
     def forward(
         self,
         input_N: Tensor,
@@ -249,7 +263,9 @@ class BertWithHead(nn.Module):
 
         Raises:
             MinibertError: the directory cannot be written or the disk is full.
+            ValueError: the layers have been prepacked.
         """
+        self.bert.plain_layers()
         weights.save(self, Path(directory) / weights.WEIGHTS)
         config = json.dumps(self.config.to_dict(type(self).__name__), indent=2)
         write_text(Path(directory) / "config.json", config + "\n")

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from minibert import prepacked
 from minibert.data import TAG, Batch, Example, examples_of, packed, padded
 from minibert.decoding import best_labels
 from minibert.files import MinibertError
@@ -103,6 +104,7 @@ class Tagger:
         device: str | None = None,
         batch_tokens: int = 2048,
         pack: bool = True,
+        prepack: bool = True,
         well_formed: bool = True,
     ) -> Tagger:
         """Load what ``train.py`` saved, or any BERT token classifier in safetensors.
@@ -113,6 +115,9 @@ class Tagger:
             dtype: "fp32", "bf16", "fp16" or "auto", the fastest the hardware has.
             device: None takes a GPU if there is one.
             batch_tokens, pack, well_formed: as above.
+            prepack: lay the weights out once as the CPU's products read them, where
+                ``prepacked.choose`` says that it can be done. ``model`` then only answers: False
+                keeps the plain layers, which are the reference and can be traced.
 
         Raises:
             MinibertError: a file is missing or damaged, or there is no trained classifier in it.
@@ -125,10 +130,11 @@ class Tagger:
                 "such as runs/demo/best"
             )
         tokenizer = Tokenizer.from_pretrained(directory)
+        choice = choose_dtype(dtype, where)
         model = BertForTokenClassification.from_pretrained(
             directory,
             attn_implementation=attn_implementation,
-            dtype=choose_dtype(dtype, where).dtype,
+            dtype=choice.dtype,
             device=where,
         )
         if model.load_report is not None and model.load_report.initialised:
@@ -136,6 +142,8 @@ class Tagger:
                 f"{directory}: has no trained {model.load_report.initialised[0]}: "
                 "train it first with train.py"
             )
+        if prepack and prepacked.choose(where, choice.dtype).prepack:
+            prepacked.prepack(model)
         return cls(model, tokenizer, batch_tokens, pack, well_formed)
 
     def __call__(self, text: str | Sequence) -> list:
@@ -205,18 +213,25 @@ class Tagger:
         return [Label(names[i], score) for i, score in zip(ids, scores)]
 
     def _batches(self, examples: list[Example]) -> Iterator[Batch]:
-        """Examples of like length together, at most ``batch_tokens`` in a rectangle."""
-        device = self.model.classifier.weight.device
+        """Examples of like length together, at most ``batch_tokens`` with the padding."""
         group: list[Example] = []
-        for example in [*sorted(examples, key=lambda e: len(e.ids)), None]:
-            # Sorted, so the next one is the longest of the group it would join.
-            full = example and len(example.ids) * (len(group) + 1) > self.batch_tokens
-            if group and (full or example is None):
-                pad_id = self.tokenizer.pad_id
-                yield packed(group, device) if self.pack else padded(group, pad_id, device=device)
-                group = []
-            if example is not None:
-                group.append(example)
+        tokens = 0
+        for example in sorted(examples, key=lambda e: len(e.ids)):
+            size = len(example.ids)
+            # Sorted, so this one would be the longest of its group.
+            tokens = tokens + size if self.pack else size * (len(group) + 1)
+            if group and tokens > self.batch_tokens:
+                yield self._batch(group)
+                group, tokens = [], size
+            group.append(example)
+        if group:
+            yield self._batch(group)
+
+    def _batch(self, group: list[Example]) -> Batch:
+        device, pad_id = self.model.classifier.weight.device, self.tokenizer.pad_id
+        if self.pack:
+            return packed(group, device, pad_id if device.type == "cpu" else None)
+        return padded(group, pad_id, device=device)
 
 
 def pools(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:

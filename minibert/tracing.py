@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from minibert import attention
 from minibert.attention import Attended, AttentionFn
 from minibert.layout import Layout, Padded
-from minibert.model import BertWithHead, EncoderLayer
+from minibert.model import BertWithHead
 
 Write = Callable[[Tensor], Tensor]
 
@@ -164,7 +164,8 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
             ``layout.blocks``.
 
     Raises:
-        ValueError: a write to a name that does not exist, or one that returns another shape.
+        ValueError: a write to a name that does not exist, or one that returns another shape; or
+            the model's layers are prepacked.
     """
     writes = dict(writes or {})
     known = names(len(model.bert.layers))
@@ -186,8 +187,7 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
         undo.callback(start.remove)
         on_input(model.bert.embeddings.norm, "embeddings.sum")
         on_output(model.bert.embeddings, "embeddings")
-        for i, layer in enumerate(model.bert.layers):
-            assert isinstance(layer, EncoderLayer)
+        for i, layer in enumerate(model.bert.plain_layers()):
             prefix = f"layers.{i}."
             attend = layer.attention.attend
             undo.callback(setattr, layer.attention, "attend", attend)

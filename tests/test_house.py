@@ -28,6 +28,7 @@ FLOORS = (
     },
     {"attention", "data", "checkpoint"},
     {"model", "democorpus"},
+    {"prepacked"},
     {"tagger", "verify", "info", "tracing", "reference", "paritypage", "recipe"},
     {"evaluation", "parity", "inside", "tagfile"},
     {"tracepage", "heatmap"},

@@ -46,7 +46,7 @@ def trained(minilm: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tagger(trained: Path) -> Tagger:
-    return Tagger.from_pretrained(trained, dtype="fp32", device="cpu")
+    return Tagger.from_pretrained(trained, dtype="fp32", device="cpu", prepack=False)
 
 
 def data_of(html: str) -> dict:
@@ -58,7 +58,7 @@ def data_of(html: str) -> dict:
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_what_is_shown_is_what_was_computed(trained: Path, attn: str, pack: bool) -> None:
     tagger = Tagger.from_pretrained(
-        trained, attn_implementation=attn, dtype="fp32", device="cpu", pack=pack
+        trained, attn_implementation=attn, dtype="fp32", device="cpu", pack=pack, prepack=False
     )
     inside = look(tagger, TEXT)
     (example,) = examples_of([split(TEXT).words], tagger.tokenizer, 512)
@@ -140,7 +140,7 @@ def test_a_hostile_text_stays_a_text(tagger: Tagger) -> None:
     assert html.count("<script") == html.count("</script>") == 2
 
 
-def test_the_command(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_the_command(trained: Path, tagger: Tagger, tmp_path: Path, capsys, monkeypatch) -> None:
     chosen = ["--dtype", "fp32", "--device", "cpu"]
     assert main(["trace", str(trained), *TEXT.split(), *chosen]) == 0
     out = capsys.readouterr().out
@@ -149,9 +149,7 @@ def test_the_command(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None
     rows = table.splitlines()
     layers = [f"layer {i}" for i in range(6)]
     assert re.split(r"  +", rows[0]) == ["piece", "embeddings", *layers, "label"]
-    assert [row.split()[0] for row in rows[1:]] == look(
-        Tagger.from_pretrained(trained, dtype="fp32", device="cpu"), TEXT
-    ).pieces
+    assert [row.split()[0] for row in rows[1:]] == look(tagger, TEXT).pieces
     html, png = tmp_path / "a.html", tmp_path / "a.png"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     chosen = ["trace", str(trained), *chosen]
