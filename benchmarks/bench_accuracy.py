@@ -30,8 +30,10 @@ def build(subject: str, place: Place) -> Run:
     true = [list(sentence.tags) for sentence in sentences]
     words = [sentence.words for sentence in sentences]
 
-    def names(dtype: str, pack: bool) -> list[list[str]]:
-        tagger = Tagger.from_pretrained(directory, dtype=dtype, device="cpu", pack=pack)
+    def names(dtype: str, fast: bool) -> list[list[str]]:
+        tagger = Tagger.from_pretrained(
+            directory, dtype=dtype, device="cpu", pack=fast, prepack=fast
+        )
         return [[label.name for label in labels] for labels in tagger.label(words)]
 
     def run() -> dict:

@@ -28,7 +28,9 @@ def build(subject: str, place: Place) -> Run:
     kind, number = shape.split()
     size = int(number)
     rows, length = (max(1, place.plan.tokens // size), size) if kind == "length" else (size, LENGTH)
-    model = stage.in_bf16(stage.ours if side == "minibert" else stage.theirs, place.plan_name)
+    name = place.plan_name
+    mine = side == "minibert"
+    model = stage.answering(name, torch.bfloat16) if mine else stage.in_bf16(stage.theirs, name)
     ids = torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
 
     def run() -> dict:

@@ -11,6 +11,7 @@ from benchmarks.peers import Predict
 from benchmarks.stage import Place, Plan, Run
 from minibert import data
 from minibert.data import Batch, Example
+from minibert.machine import DTYPES
 from minibert.tagger import Tagger
 
 INFERENCE, TURNS, WARM_UP = True, 5, 1
@@ -53,13 +54,13 @@ def build(subject: str, place: Place) -> Run:
     dtype = kind.split()[-1]
     examples = stage.test_examples(name)
     tokens = stage.tokens_of(examples)
-    make = stage.ours if kind.startswith(("minibert", "ceiling")) else stage.theirs
-    model = stage.in_bf16(make, name) if dtype == "bf16" else make(name)
     if kind.startswith("ceiling"):
-        run = stage.products(model, plan.tokens)
+        run = stage.prepacked_products(name, DTYPES[dtype], plan.tokens)
         return lambda: run() or {"tokens": plan.tokens}
     if kind.startswith("minibert"):
-        # As the Tagger does it: sorted by length over the whole pool, 2048 tokens to a batch.
+        # As the Tagger does it: prepacked, sorted by length over the whole pool, 2048 tokens to a
+        # batch.
+        model = stage.answering(name, DTYPES[dtype])
         batches = list(Tagger(model, stage.tokenizer())._batches(examples))
         assert _apart(model(**batches[0].inputs).logits, batches[0], name) <= NEAR[dtype]
 
@@ -69,6 +70,7 @@ def build(subject: str, place: Place) -> Run:
             return {"tokens": tokens}
 
         return packed
+    model = stage.in_bf16(stage.theirs, name) if dtype == "bf16" else stage.theirs(name)
     if layout == "padded to 128":
         examples = examples[: max(stage.BATCH, len(examples) // 8)]  # a tenth as fast
         tokens = stage.tokens_of(examples)

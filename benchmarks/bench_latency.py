@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import bench_inference, stage
 from benchmarks.stage import Padded, Place, Plan, Run
+from minibert.machine import DTYPES
 
 INFERENCE, TURNS, WARM_UP = True, 5, 3
 PIECES, REPEATS = 12, 8
@@ -34,18 +35,17 @@ def test_latency(found: dict) -> None:
 
 def build(subject: str, place: Place) -> Run:
     name = place.plan_name
-    make = stage.ours if subject.startswith(("minibert", "ceiling")) else stage.theirs
-    bf16 = subject.endswith("bf16") and not subject.startswith("OpenVINO")
-    model = stage.in_bf16(make, name) if bf16 else make(name)
+    kind, dtype = subject.split()[0], subject.split()[-1]
     ids = torch.randint(5, 1000, (1, PIECES), generator=torch.Generator().manual_seed(0))
     batch = Padded(ids, torch.ones_like(ids))
-    if subject.startswith("ceiling"):
-        # The weights of the linear layers are read once.
-        weights = [layer.weight for layer in stage.linears(model)]
-        once = stage.moved(sum(w.nbytes for w in weights))
-    elif subject.startswith("minibert"):
+    if kind == "ceiling":
+        once = stage.prepacked_products(name, DTYPES[dtype], PIECES)
+    elif kind == "minibert":
+        model = stage.answering(name, DTYPES[dtype])
         once = lambda: model(*batch)  # noqa: E731
     else:
+        bf16 = dtype == "bf16" and kind != "OpenVINO"
+        model = stage.in_bf16(stage.theirs, name) if bf16 else stage.theirs(name)
         predict = bench_inference.predictor(subject, model, place)
         once = lambda: predict(batch)  # noqa: E731
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_training, stage
@@ -41,7 +42,7 @@ def build(subject: str, place: Place) -> Run:
         name = next(n for n in names if n.startswith(side) and (side == "minibert" or "fused" in n))
         once = bench_training.build(name, place)
     else:
-        model = stage.in_bf16(stage.ours, place.plan_name)
+        model = stage.answering(place.plan_name, torch.bfloat16)
         examples = stage.test_examples(place.plan_name)
         batches = list(Tagger(model, stage.tokenizer())._batches(examples))
         once = lambda: [model(**batch.inputs) for batch in batches]  # noqa: E731

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_models import like, sentences
-from minibert import BertConfig, BertForTokenClassification, data, hub
+from minibert import BertConfig, BertForTokenClassification, data, hub, prepacked
 from minibert.data import Example
 from minibert.tokenizer import Tokenizer
 
@@ -130,6 +130,15 @@ def in_bf16(make: Callable[[str], nn.Module], plan_name: str) -> nn.Module:
     return copy.deepcopy(make(plan_name)).to(torch.bfloat16)
 
 
+@cache
+def answering(plan_name: str, dtype: torch.dtype) -> BertForTokenClassification:
+    """Our model as the Tagger has it: prepacked where that can be done."""
+    model = copy.deepcopy(ours(plan_name)).to(dtype)
+    if prepacked.choose(torch.device("cpu"), dtype).prepack:
+        prepacked.prepack(model)
+    return model
+
+
 def by_length(examples: Sequence[Example]) -> list[Example]:
     return sorted(examples, key=lambda e: len(e.ids))
 
@@ -167,16 +176,37 @@ def products(model: nn.Module, tokens: int) -> Callable[[], None]:
     return run
 
 
+def prepacked_products(plan_name: str, dtype: torch.dtype, tokens: int) -> Callable[[], None]:
+    """The same by weights that lie as the products read them, where they can."""
+    layers = answering(plan_name, dtype).bert.layers
+    if not all(isinstance(layer, prepacked.PrepackedLayer) for layer in layers):
+        return products(answering(plan_name, dtype), tokens)
+    config = ours(plan_name).config
+    x_ND = torch.randn(tokens, config.hidden_size).to(dtype)
+    x_NF = torch.randn(tokens, config.intermediate_size).to(dtype)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for layer in layers:
+                for linear in (layer.qkv, layer.output, layer.up):
+                    linear(x_ND)
+                layer.down(x_NF)
+
+    return run
+
+
 def moved(count: int) -> Callable[[], None]:
-    """Reading and writing so many bytes of memory in all, by copying."""
-    source = torch.empty(min(count // 2, 2**28), dtype=torch.uint8).fill_(1)
-    target = source.clone()
-    times, rest = divmod(count // 2, len(source))
+    """So many bytes of memory read or written, half of each: numbers that change their sign.
+
+    In place, because a line that is only written is read all the same before it is.
+    """
+    numbers = torch.ones(min(count // 2, 2**28) // 4)
+    times, rest = divmod(count // 8, len(numbers))
 
     def run() -> None:
         for _ in range(times):
-            target.copy_(source)
-        target[:rest].copy_(source[:rest])
+            numbers.neg_()
+        numbers[:rest].neg_()
 
     return run
 
