@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import bench_training, stage
+from benchmarks import bench_latency, bench_training, stage
 from benchmarks.stage import Place, Plan, Run
 from minibert.tagger import Tagger
 
@@ -28,7 +28,12 @@ KINDS = {
 
 
 def subjects(plan: Plan) -> Sequence[str]:
-    return ("minibert, inference", "minibert, training", "transformers, training")
+    return (
+        "minibert, inference",
+        "minibert, one sentence",
+        "minibert, training",
+        "transformers, training",
+    )
 
 
 def test_profile(found: dict) -> None:
@@ -41,6 +46,11 @@ def build(subject: str, place: Place) -> Run:
         names = bench_training.subjects(place.plan)
         name = next(n for n in names if n.startswith(side) and (side == "minibert" or "fused" in n))
         once = bench_training.build(name, place)
+    elif what == "one sentence":
+        latency = bench_latency.build("minibert bf16", place)
+        with torch.inference_mode():
+            latency()
+        once = torch.inference_mode()(latency)
     else:
         model = stage.answering(place.plan_name, torch.bfloat16)
         examples = stage.test_examples(place.plan_name)

@@ -268,8 +268,8 @@ def packed(
 def rounded(tokens: int) -> int:
     """The next of a few numbers, eight from one power of two to the next.
 
-    oneDNN compiles its bf16 products anew for every number of rows, and keeps them: half a MB for
-    every shape of a weight, up to a thousand times. With few numbers of rows it soon has them all.
+    oneDNN compiles its products anew for every number of rows, and keeps the code: memory would
+    grow with the corpus. With few numbers of rows it soon has them all.
     """
     step = 1 << max(0, tokens.bit_length() - 4)
     return -(-tokens // step) * step

@@ -8,6 +8,7 @@ The most probable sequence among those that are well-formed BIO is found by dyna
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ from torch import Tensor
 def may_follow(label: str, previous: str) -> bool:
     """B- and O follow anything, I-X only B-X or I-X; before a sentence stands O."""
     return label[0] != "I" or previous[1:] == label[1:]
+
+
+@lru_cache(maxsize=8)
+def _forbidden(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """What may not follow what, (labels, labels), row before column; and what may not begin."""
+    follow_LL = torch.tensor([[not may_follow(b, a) for b in names] for a in names])
+    return follow_LL, torch.tensor([not may_follow(b, "O") for b in names])
 
 
 def best_labels(logp_WL: Tensor, names: Sequence[str]) -> list[int]:
@@ -32,8 +40,7 @@ def best_labels(logp_WL: Tensor, names: Sequence[str]) -> list[int]:
     fits = (may_follow(names[b], names[a] if a >= 0 else "O") for a, b in zip([-1, *best], best))
     if all(fits):
         return best  # nothing can be more probable than the best label of every word
-    forbidden_LL = torch.tensor([[not may_follow(b, a) for b in names] for a in names])
-    forbidden_first_L = torch.tensor([not may_follow(b, "O") for b in names])
+    forbidden_LL, forbidden_first_L = _forbidden(tuple(names))
     score_L = logp_WL[0].masked_fill(forbidden_first_L, -torch.inf)
     came_from = []
     for logp_L in logp_WL[1:]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minibert
-from minibert import BertForTokenClassification, Tagger, Tokenizer
+from minibert import BertForTokenClassification, Tagger, Tokenizer, cli
 from minibert.data import Example, packed, rounded
 from minibert.numerics import max_abs
 from minibert.prepacked import PrepackedLayer, choose, prepack
@@ -111,3 +111,12 @@ def test_what_fills_a_batch_up_changes_nothing(lengths: list[int]) -> None:
         expected, got = net(**tight.inputs), net(**filled.inputs)
     assert max_abs(got.logits[filled.first_W], expected.logits[tight.first_W]) < 1e-10
     assert abs(got.loss - expected.loss) < 1e-10
+
+
+def test_padded_on_the_command_line_is_the_way_of_the_reference(directory: Path) -> None:
+    options = cli._parser().parse_args(
+        ["tag", str(directory), "who", "--padded", "--device", "cpu"]
+    )
+    tagger = cli._tagger(options)
+    assert not tagger.pack
+    assert tagger.model.bert.plain_layers()
