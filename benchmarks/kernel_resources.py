@@ -22,6 +22,7 @@ from minibert.kernels import build
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 VARIANTS = tuple((head_size, dropout) for head_size in (64, 32) for dropout in (0, 1))
+NORM_VARIANTS = tuple((hidden_size, wide) for hidden_size in (768, 384) for wide in (1, 0))
 DOCUMENT = Path(__file__).parents[1] / "docs" / "fused-attention.md"
 BEGIN, END = "<!-- kernel_resources.py -->", "<!-- end -->"
 
@@ -39,21 +40,35 @@ class Resources(NamedTuple):
     ldmatrix: int
 
 
-@cache
 def measure(arch: str, head_size: int, dropout: int) -> dict[str, Resources]:
-    """Compile attention.cu and read what the assembler and the binary say, by kernel."""
-    defines = {"HEAD_SIZE": head_size, "DROPOUT": dropout}
-    code, log = build.compile_source(build.source("attention.cu"), arch, defines)
+    """The kernels of attention.cu."""
+    return compiled("attention.cu", arch, (("HEAD_SIZE", head_size), ("DROPOUT", dropout)))
+
+
+def measure_norm(arch: str, hidden_size: int, wide: int) -> dict[str, Resources]:
+    """Those of norm.cu, with dropout."""
+    return compiled("norm.cu", arch, (("HIDDEN", hidden_size), ("DROPOUT", 1), ("WIDE", wide)))
+
+
+@cache
+def compiled(file: str, arch: str, defines: tuple[tuple[str, int], ...]) -> dict[str, Resources]:
+    """Compile a source and read what the assembler and the binary say, by kernel."""
+    code, log = build.compile_source(build.source(file), arch, dict(defines))
     resources = {}
     for entry in log.split("Compiling entry function '")[1:]:
         kernel = entry.split("'")[0]
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", entry))
-        found = re.search(r"Used (\d+) registers.*?(\d+) bytes smem", entry)
+        found = re.search(r"Used (\d+) registers", entry)
+        shared = re.search(r"(\d+) bytes smem", entry)  # not said where there is none
         if not found:
             raise RuntimeError(f"{kernel}: the assembler's log has another form: {entry!r}")
         counts = Counter(_opcodes(code, f".text.{kernel}"))
         resources[kernel] = Resources(
-            int(found[1]), spilled, int(found[2]), counts[OPCODES["HMMA"]], counts[OPCODES["LDSM"]]
+            registers=int(found[1]),
+            spilled=spilled,
+            shared=int(shared[1]) if shared else 0,
+            hmma=counts[OPCODES["HMMA"]],
+            ldmatrix=counts[OPCODES["LDSM"]],
         )
     return resources
 
@@ -107,6 +122,18 @@ def tables() -> str:
                 f"| {head_size} | {'yes' if dropout else 'no'} | `{kernel}` "
                 f"| {registers} | {on_t4.shared} | {on_t4.hmma} | {on_t4.ldmatrix} "
                 f"| {blocks} ({blocks * (4 if kernel.endswith('_long') else 1)}) |"
+            )
+    lines += ["", "| width | residual | kernel | registers, sm_75 / 80 / 90 | shared memory |"]
+    lines += ["|---|---|---|---|---|"]
+    for hidden_size, wide in NORM_VARIANTS:
+        measured = [measure_norm(arch, hidden_size, wide) for arch in ARCHITECTURES]
+        for kernel, first in reversed(measured[0].items()):
+            if any(found[kernel].spilled for found in measured):
+                raise RuntimeError(f"{kernel}, width {hidden_size}, spills")
+            registers = " / ".join(str(found[kernel].registers) for found in measured)
+            lines.append(
+                f"| {hidden_size} | {'float32' if wide else 'float16'} | `{kernel}` "
+                f"| {registers} | {first.shared} |"
             )
     return "\n".join(lines)
 

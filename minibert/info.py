@@ -12,7 +12,7 @@ from minibert import __version__, attention, kernels, prepacked
 from minibert.files import home
 from minibert.machine import DTYPES, DtypeChoice, choose_device, choose_dtype, name_of
 
-HEAD_SIZE = 64  # K of BERT-base
+HEAD_SIZE, HIDDEN_SIZE = 64, 768  # K and D of BERT-base
 
 
 def describe() -> str:
@@ -36,6 +36,7 @@ def describe() -> str:
         f"auto attn    {choice.name}: {choice.reason}",
         f"auto layers  {_layers(device, dtype.dtype)}",
         *(f"fused {name:6} {_fused(device, known)}" for name, known in DTYPES.items()),
+        f"fused norm   {_norm(device)}",
     ]
     return "\n".join(lines)
 
@@ -55,6 +56,14 @@ def _fused(device: torch.device, dtype: torch.dtype) -> str:
         return attention.choose("fused", device, dtype, HEAD_SIZE).reason
     except kernels.FusedUnavailableError as error:
         return f"cannot run: {error}"
+
+
+def _norm(device: torch.device) -> str:
+    """How dropout, residual and LayerNorm are computed with "fused"."""
+    obstacle = kernels.obstacle_to_norm(device, HIDDEN_SIZE)
+    return (
+        f"in three passes: {obstacle}" if obstacle else "in one pass where x is fp16: own kernels"
+    )
 
 
 def _gpus() -> str:

@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import attention, hub, weights
+from minibert import attention, hub, residual, weights
 from minibert.attention import AttentionFn
 from minibert.config import BertConfig
 from minibert.data import IGNORE
 from minibert.files import write_text
 from minibert.layout import Layout, Packed, Padded
+from minibert.residual import AddNormFn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,9 +103,10 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention, then feed-forward; after each: dropout, add what went in, normalise."""
 
-    def __init__(self, config: BertConfig, attend: AttentionFn):
+    def __init__(self, config: BertConfig, attend: AttentionFn, add_norm: AddNormFn):
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
+        self.add_norm = add_norm
         self.attention = SelfAttention(config, attend)
         self.attention_norm = nn.LayerNorm(D, eps=eps)
         self.feed_forward = FeedForward(config)
@@ -114,9 +116,9 @@ class EncoderLayer(nn.Module):
     def forward(self, x_ND: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor] | None]:
         """x (N, D) to x (N, D), and the attention maps if there are any."""
         attended_ND, probs = self.attention(x_ND, layout)
-        x_ND = self.attention_norm(self.dropout(attended_ND) + x_ND)
-        x_ND = self.feed_forward_norm(self.dropout(self.feed_forward(x_ND)) + x_ND)
-        return x_ND, probs
+        x_ND = self.add_norm(attended_ND, x_ND, self.attention_norm, self.dropout)
+        y_ND = self.feed_forward(x_ND)
+        return self.add_norm(y_ND, x_ND, self.feed_forward_norm, self.dropout), probs
 
 
 @dataclass
@@ -131,11 +133,11 @@ class Encoded:
 class Bert(nn.Module):
     """Embeddings and the stack of encoder layers, without a head."""
 
-    def __init__(self, config: BertConfig, attend: AttentionFn):
+    def __init__(self, config: BertConfig, attend: AttentionFn, add_norm: AddNormFn):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(
-            EncoderLayer(config, attend) for _ in range(config.num_hidden_layers)
+            EncoderLayer(config, attend, add_norm) for _ in range(config.num_hidden_layers)
         )
         # Before any head draws, as in transformers: the same seed then gives the same model.
         draw(self, config.initializer_range)
@@ -200,7 +202,8 @@ class BertWithHead(nn.Module):
         super().__init__()
         self.config = config
         self.attn_implementation = attn_implementation
-        self.bert = Bert(config, attention.implementation(attn_implementation))
+        attend = attention.implementation(attn_implementation)
+        self.bert = Bert(config, attend, residual.implementation(attn_implementation))
         self.load_report: weights.LoadReport | None = None
 
     def head(self, x_ND: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import attention
+from minibert import attention, residual
 from minibert.attention import Attended, AttentionFn
 from minibert.layout import Layout, Padded
 from minibert.model import BertWithHead
@@ -192,6 +192,9 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
             attend = layer.attention.attend
             undo.callback(setattr, layer.attention, "attend", attend)
             layer.attention.attend = partial(_attend, t, prefix, attend)
+            # The fused one would pass by the hooks.
+            undo.callback(setattr, layer, "add_norm", layer.add_norm)
+            layer.add_norm = residual.plain
             on_output(layer.attention.output, prefix + "attention_output")
             on_output(layer.attention_norm, prefix + "attention_norm")
             on_output(layer.feed_forward.up, prefix + "pre_gelu")

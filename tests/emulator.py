@@ -14,7 +14,7 @@ from threading import Lock
 from cuda.core._kernel_arg_handler import ParamHolder
 from torch import Tensor
 
-from minibert.kernels import attention, build
+from minibert.kernels import attention, build, norm
 
 _BUILDS = TemporaryDirectory(prefix="minibert-emulator-")
 _ORDERS = random.Random(0)  # not torch's generator, which tests look at
@@ -78,7 +78,7 @@ class Emulator:
             EmulationError: a forbidden access, a race, a deadlock, or an output left unwritten.
         """
         self.watch(launch)
-        parameters = attention.pack(launch.problem)
+        parameters = attention.pack(launch.problem._asdict())
         # ParamHolder is what cuda.core.launch makes of them for the driver.
         holder = ParamHolder(parameters)
         self.run_packed(launch.kernel, launch.grid, launch.threads, holder, len(parameters), seed)
@@ -143,3 +143,22 @@ def launch(step: attention.Launch) -> None:
     """A launcher for ``attention.forward`` and ``backward``: the unchanged source."""
     machine = emulator(step.defines["HEAD_SIZE"], step.defines["DROPOUT"])
     machine.run(step, seed=_ORDERS.getrandbits(32))
+
+
+@lru_cache
+def norm_emulator(text: str, defines: tuple[tuple[str, int], ...]) -> Emulator:
+    return Emulator(text, dict(defines), "-Og")
+
+
+def launch_norm(step: norm.Launch) -> None:
+    """A launcher for ``norm.forward`` and ``backward``."""
+    machine = norm_emulator(source("norm.cu"), tuple(step.defines.items()))
+    machine.library.emulator_clear_views()
+    for name, value in step.parameters.items():
+        if isinstance(value, Tensor):  # of one dimension: one row, read two numbers at a time
+            x = value[None] if value.dim() == 1 else value
+            machine.view(name, x, int(name in step.writes))
+    holder = ParamHolder(attention.pack(step.parameters))
+    order = _ORDERS.getrandbits(32)
+    count = len(step.parameters)
+    machine.run_packed(step.kernel, (step.blocks, 1), step.threads, holder, count, order)

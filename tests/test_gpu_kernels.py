@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from test_kernels import EDGES, check, run
+from test_kernels_norm import check as check_norm
 from torch import Tensor
 
 from minibert import kernels
@@ -37,6 +38,13 @@ def test_bounds_hold(
     monkeypatch.setattr(attention, "SHORT", 512 if short else 0)
     on_gpu(EDGES, head_size=head_size, dropout_p=dropout_p)
     on_gpu([512, 3, 0, 257], heads=12, head_size=head_size, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(33, 768), (700, 384)])
+def test_norm_bounds_hold(rows: int, width: int, wide: bool, dropout_p: float) -> None:
+    check_norm(rows, width, dropout_p, wide, launch.launch_norm, "cuda")
 
 
 @pytest.fixture

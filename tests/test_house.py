@@ -26,7 +26,7 @@ FLOORS = (
         "weights",
         "verdict",
     },
-    {"attention", "data", "checkpoint"},
+    {"attention", "residual", "data", "checkpoint"},
     {"model", "democorpus"},
     {"prepacked"},
     {"tagger", "verify", "info", "tracing", "reference", "paritypage", "recipe"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_parameters_are_those_of_the_source() -> None:
 
     example = attention.Problem(*[None] * 12, *[1] * 7, 0.5, 1.0, 3)  # type: ignore[arg-type]
     c_types = {"int": "c_int", "float": "c_float", "u32": "c_uint"}
-    for parameter, packed in zip(parameters, attention.pack(example)):
+    for parameter, packed in zip(parameters, attention.pack(example._asdict())):
         kind = parameter.strip().split(" ")[0]
         expected = "int" if "*" in parameter else c_types[kind]
         assert type(packed).__name__ == expected, parameter
@@ -265,6 +266,16 @@ def test_a_failed_build_is_said(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> No
     rung = kernels.choose(device, torch.float16, 64)
     assert rung.name == "torch efficient"
     assert "no NVRTC here" in rung.reason
+
+
+def test_a_binary_that_nothing_can_launch_is_of_no_use(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled once and kept, but cuda-core has been uninstalled since."""
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    rung = kernels.choose(gpu(T4), torch.float16, 64)
+    assert rung.name == "torch efficient"
+    assert "pip install 'minibert[cuda]'" in rung.reason
 
 
 @pytest.mark.parametrize(

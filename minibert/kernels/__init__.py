@@ -1,8 +1,9 @@
-"""Fused attention over packed sentences: the project's CUDA kernels, or torch's.
+"""Fused attention over packed sentences, and what stands behind it: the project's CUDA kernels.
 
 Reading order: ``docs/fused-attention.md``; ``primitives.cuh``, ``tiles.cuh``, ``problem.cuh``,
 ``attention.cu`` (the kernels); ``attention.py`` (their arguments), ``build.py`` (compiling),
-``launch.py`` (starting), ``ops.py`` (torch); ``ladder.py`` (who gets which). Importing this package
+``launch.py`` (starting), ``ops.py`` (torch); ``ladder.py`` (who gets which); then ``norm.cu`` and
+``norm.py``, ``adamw.cu`` and ``adamw.py``. Importing this package
 compiles nothing and needs no CUDA.
 
 Shape legend: see layout.py.
@@ -11,11 +12,28 @@ Shape legend: see layout.py.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from minibert.kernels.ladder import RUNGS, FusedUnavailableError, Rung, choose, name_of_rung
+from minibert.kernels import norm
+from minibert.kernels.ladder import (
+    RUNGS,
+    FusedUnavailableError,
+    Rung,
+    choose,
+    name_of_rung,
+    obstacle_to_norm,
+)
 
-__all__ = ["FusedUnavailableError", "Rung", "attend_packed", "attend_padded", "choose"]
+__all__ = [
+    "FusedUnavailableError",
+    "Rung",
+    "add_norm",
+    "attend_packed",
+    "attend_padded",
+    "choose",
+    "obstacle_to_norm",
+]
 
 
 def attend_packed(
@@ -80,3 +98,33 @@ def attend_padded(
         q_NHK[tokens], k_NHK[tokens], v_NHK[tokens], starts, max_length, dropout_p
     )
     return context.new_zeros(q_NHK.shape).index_copy(0, tokens, context)
+
+
+def add_norm(
+    x_ND: Tensor,
+    residual_ND: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """LayerNorm(dropout(x) + residual), in one pass where the kernels take it, else in three.
+
+    They take x in float16 on a device for which ``obstacle_to_norm`` finds nothing.
+
+    Args:
+        x_ND: (N, D), floating.
+        residual_ND: (N, D), floating; under autocast float32.
+        weight_D, bias_D: (D,), of the LayerNorm.
+        eps: of the LayerNorm.
+        dropout_p: its mask is drawn from torch's generator of the device.
+
+    Returns:
+        (N, D), in the kernels' case in the residual's dtype.
+    """
+    if norm.fits(x_ND, residual_ND) and obstacle_to_norm(x_ND.device, x_ND.shape[1]) is None:
+        from minibert.kernels import ops
+
+        return ops.add_norm(x_ND, residual_ND, weight_D, bias_D, eps, dropout_p)
+    h_ND = F.dropout(x_ND, dropout_p) + residual_ND
+    return F.layer_norm(h_ND, h_ND.shape[1:], weight_D, bias_D, eps)

@@ -10,7 +10,7 @@ Shape legend: see layout.py.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -60,10 +60,10 @@ class Launch(NamedTuple):
 Launcher = Callable[[Launch], None]
 
 
-def pack(problem: Problem) -> list[Any]:
-    """The problem as ``cuda.core.launch`` wants it: addresses as int, the rest as ctypes."""
+def pack(parameters: Mapping[str, Any]) -> list[Any]:
+    """A kernel's parameters as ``cuda.core.launch`` wants them: addresses as int, else ctypes."""
     packed: list[Any] = []
-    for name, value in problem._asdict().items():
+    for name, value in parameters.items():
         if value is None:
             packed.append(0)
         elif isinstance(value, Tensor):

@@ -73,7 +73,7 @@ def _obstacle_to_own_kernels(
 ) -> str | None:
     """Why the project's kernels cannot run here, or None."""
     from minibert.kernels.attention import HEAD_SIZES
-    from minibert.kernels.launch import architecture
+    from minibert.kernels.launch import architecture, load
 
     if capability < (7, 5):
         return f"they need compute capability 7.5, this is {capability[0]}.{capability[1]}"
@@ -82,7 +82,29 @@ def _obstacle_to_own_kernels(
     if head_size not in HEAD_SIZES:
         return f"they have head sizes {HEAD_SIZES}, not {head_size}"
     try:
-        build.cubin("attention.cu", architecture(device), {"HEAD_SIZE": head_size, "DROPOUT": 0})
+        # Loaded too: a binary in the cache is of no use where cuda-core has been uninstalled.
+        load("attention.cu", architecture(device), {"HEAD_SIZE": head_size, "DROPOUT": 0})
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+@lru_cache
+def obstacle_to_norm(device: torch.device, hidden_size: int) -> str | None:
+    """Why dropout, residual and LayerNorm take three passes here, or None; compiles the kernels."""
+    from minibert.kernels import norm
+    from minibert.kernels.launch import architecture, load
+
+    if device.type != "cuda":
+        return f"the one-pass kernels need a CUDA device, not {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 5):
+        return f"they need compute capability 7.5, this is {capability[0]}.{capability[1]}"
+    if hidden_size % norm.STEP or hidden_size > norm.MOST:
+        return f"they have widths of {norm.STEP} to {norm.MOST}, not {hidden_size}"
+    try:
+        defines = {"HIDDEN": hidden_size, "DROPOUT": 0, "WIDE": 1}
+        load("norm.cu", architecture(device), defines)
     except build.BuildError as error:
         return str(error)
     return None
@@ -170,4 +192,5 @@ def name_of_rung(device: torch.device, dtype: torch.dtype, head_size: int) -> st
 
 # The mark that torch.compiler.assume_constant_result sets. To set it that way imports the compiler,
 # which takes as long as all the rest of torch.
-vars(name_of_rung)["_dynamo_marked_constant"] = True
+for constant in (name_of_rung, obstacle_to_norm):
+    vars(constant)["_dynamo_marked_constant"] = True

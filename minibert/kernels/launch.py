@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minibert.kernels import attention, build
+from minibert.kernels import attention, build, norm
 
 
 class _Stream:
@@ -51,9 +51,18 @@ def _kernel(file: str, name: str, arch: str, defines: tuple[tuple[str, int], ...
 
 def launch(step: attention.Launch) -> None:
     """Start one of the attention kernels; see ``enqueue``."""
-    parameters = attention.pack(step.problem)
+    parameters = attention.pack(step.problem._asdict())
     device = step.problem.q.device
     enqueue(device, "attention.cu", step.kernel, step.defines, step.grid, step.threads, parameters)
+
+
+def launch_norm(step: norm.Launch) -> None:
+    """Start one of the kernels of ``norm.cu``; see ``enqueue``."""
+    device = next(x.device for x in step.parameters.values() if isinstance(x, torch.Tensor))
+    enqueue(
+        device, "norm.cu", step.kernel, step.defines, (step.blocks, 1), step.threads,
+        attention.pack(step.parameters),
+    )  # fmt: skip
 
 
 def enqueue(

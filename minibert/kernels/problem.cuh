@@ -3,6 +3,7 @@
 // Legend: N tokens of the batch, H heads, B sentences, K head size.
 #pragma once
 #include "tiles.cuh"
+#include "random.cuh"
 
 // What a launch works on. Pointers that a kernel does not use are null.
 struct Problem {
@@ -56,20 +57,6 @@ struct Place {
 };
 
 // ---- dropout -----------------------------------------------------------------------------------
-
-// 64 random bits that depend on the seed and on two counters alone: Philox 2x32 with seven rounds,
-// the fewest that pass BigCrush (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
-DEVICE u64 philox(u64 seed, u32 counter0, u32 counter1) {
-  u32 key = (u32)seed;
-  counter1 ^= (u32)(seed >> 32);
-  UNROLL for (int round = 0; round < 7; round++) {
-    const u64 product = (u64)0xD256D193u * counter0;
-    counter0 = (u32)(product >> 32) ^ key ^ counter1;
-    counter1 = (u32)product;
-    key += 0x9E3779B9u;
-  }
-  return (u64)counter1 << 32 | counter0;
-}
 
 // Which of a lane's 2 x 4 probabilities of a 16 x 16 patch survive: bit 4j + e for p[j][e].
 //
