@@ -41,7 +41,7 @@ from minibert.data import Batch, Example
 from minibert.distributed import AloneError, Team, team_on
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
-from minibert.machine import choose_device, choose_dtype, name_of
+from minibert.machine import choose_device, choose_dtype, keep_freed_memory, name_of
 from minibert.model import BertForTokenClassification
 from minibert.optim import LossScaler, bert_groups, choose_adamw, linear_schedule
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
@@ -56,6 +56,8 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
         The exit status: 0, or 128 and the number of the signal that ended it early.
     """
     device = team.device
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype, reason = choose_dtype(options.dtype, device)
     print(f"{device}, {name_of(dtype)} ({reason})\n{recipe}")
 

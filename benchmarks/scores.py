@@ -45,7 +45,11 @@ def main() -> None:
 
 def table() -> str:
     """The newest results of both, side by side."""
-    columns, rows, sources = ["engtest, MiniLM, 4 epochs"], [[shown] for shown in SHOWN.values()], []
+    columns, rows, sources = (
+        ["engtest, MiniLM, 4 epochs"],
+        [[shown] for shown in SHOWN.values()],
+        [],
+    )
     for title, name in (("minibert", "scores-minilm"), ("plain AdamW", "scores-minilm-plain")):
         if not (found := sorted(RESULTS.glob(f"{name}-2*.json"))):
             continue

@@ -114,9 +114,7 @@ def test_what_fills_a_batch_up_changes_nothing(lengths: list[int]) -> None:
 
 
 def test_padded_on_the_command_line_is_the_way_of_the_reference(directory: Path) -> None:
-    options = cli._parser().parse_args(
-        ["tag", str(directory), "who", "--padded"]
-    )
+    options = cli._parser().parse_args(["tag", str(directory), "who", "--padded"])
     tagger = cli._tagger(options)
     assert not tagger.pack
     assert tagger.model.bert.plain_layers()
