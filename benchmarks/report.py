@@ -24,6 +24,11 @@ AIMS = (
     ("inference", "minibert bf16, packed", "transformers sdpa bf16, sorted by length", 1.6),
     ("inference", "minibert bf16, packed", "OpenVINO bf16, sorted by length", 1.3),
     ("inference", "minibert fp32, packed", "transformers sdpa fp32, sorted by length", 1.15),
+    ("latency", "minibert fp32", "transformers sdpa fp32", 1.0),
+    ("latency", "minibert fp32", "onnxruntime fp32", 1.0),
+    ("latency", "minibert fp32", "OpenVINO fp32", 1.0),
+    ("latency", "minibert bf16", "transformers sdpa bf16", 1.0),
+    ("latency", "minibert bf16", "OpenVINO bf16", 1.0),
     ("training", "minibert, packed", "transformers, padded to longest, AdamW", 3.5),
     ("training", "minibert, packed", "transformers, padded to longest, AdamW(fused=True)", 2.5),
     ("startup", "minibert", "transformers", 1 / 0.45),
@@ -125,7 +130,11 @@ def page(result: dict[str, Any], file: str) -> str:
 def section(result: dict[str, Any], file: str) -> str:
     """The README's part of it."""
     parts = result["parts"]
-    shown = [part_table(p, parts[p]) for p in ("inference", "training") if p in parts]
+    shown = [
+        part_table(p, parts[p])
+        for p in ("inference", "latency", "training", "memory")
+        if p in parts
+    ]
     stem = file.removesuffix(".json")
     rest = f"More, and the curves: `benchmarks/results/{stem}.md`, `benchmarks/results/{stem}.png`."
     accurate = part_table("accuracy", parts["accuracy"]) if "accuracy" in parts else ""
@@ -155,16 +164,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for side in ("minibert", "transformers"):
             points = [(row["x"], rate(row)) for row in rows if row["side"] == side]
             axis.plot(*zip(*points), "o-", label=side) if points else None
-        axis.set(xscale="log", xlabel=label, title="tokens/s, bf16", ylim=(0, None))
+        axis.set(xscale="log", xlabel=label, title="tokens/s, bf16")
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         if rows:
             axis.legend()
         else:
             axis.set_title("not run")
     sized = [row for row in parts.get("memory", {}).values() if "sentences" in row]
     axes[1, 1].plot([r["sentences"] for r in sized], [r["peak_mb"] for r in sized], "o-")
-    axes[1, 1].set(
-        xscale="log", ylim=(0, None), xlabel="sentences in the file", title="minibert tag, peak MB"
-    )
+    axes[1, 1].set(xscale="log", xlabel="sentences in the file", title="minibert tag, peak MB")
+    axes[1, 1].set_ylim(0, 1.1 * axes[1, 1].get_ylim()[1])
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
