@@ -1,8 +1,8 @@
 """BERT (Devlin et al. 2019, arXiv:1810.04805), from token ids to labels.
 
 Reading order: ``BertForTokenClassification.forward``, ``Bert.forward``, ``EncoderLayer.forward``,
-``SelfAttention.forward``; then attention.py for ``attend``, residual.py for ``add_norm``, layout.py for
-``layout``.
+``SelfAttention.forward``; then attention.py for ``attend``, residual.py for ``add_norm`` and
+layout.py for ``layout``.
 
 Every sum, product and random draw happens in the order in which transformers does it, so that in
 one process on one machine both give the same bits: outputs, gradients and dropout masks. Where an
