@@ -50,12 +50,15 @@ def table() -> str:
         [[shown] for shown in SHOWN.values()],
         [],
     )
-    for title, name in (("minibert", "scores-minilm"), ("plain AdamW", "scores-minilm-plain")):
+    for title, name, command in (
+        ("minibert", "scores-minilm", "make scores"),
+        ("plain AdamW", "scores-minilm-plain", "python -m benchmarks.scores --plain"),
+    ):
         if not (found := sorted(RESULTS.glob(f"{name}-2*.json"))):
             continue
         runs = json.loads(found[-1].read_text())["runs"]
         columns.append(f"{title}, {len(runs)} seeds")
-        sources.append(f"`{found[-1].relative_to(ROOT)}`")
+        sources.append(f"`{found[-1].relative_to(ROOT)}`, written by `{command}`")
         for row, key in zip(rows, SHOWN):
             values = [100 * run[key] for run in runs]
             row.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
@@ -63,7 +66,7 @@ def table() -> str:
     for row, key in zip(rows, SHOWN):
         row.append(f"{TRANSFORMERS[key]:.2f}")
     lines = [" | ".join(row) for row in (columns, ["---"] * len(columns), *rows)]
-    origin = f"From {' and '.join(sources)}, written by `make scores`."
+    origin = f"From {'; '.join(sources)}."
     return "\n".join([*(f"| {line} |" for line in lines), "", origin])
 
 
