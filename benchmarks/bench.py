@@ -1,6 +1,6 @@
 """Speed and memory on the CPU at hand, side by side with what people would use instead.
 
-    make bench                                   the usual size, a quarter of an hour
+    make bench                                   the usual size, about ten minutes
     make bench-full                              long curves, compiled peers: hours
     python -m benchmarks.bench --plan tiny --output DIR     a rehearsal
     make bench BENCH="--model-dir runs/movie/last"          accuracy of this model, trained
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["load_after"] = os.getloadavg()
         result["minutes"] = round((time.monotonic() - began) / 60, 1)
         write(result, options.output)
-    if result["parts"]:  # once more: what was left out after the last of them
+    if result["parts"] and result["left_out"]:  # perhaps after the last part was written
         write(result, options.output)
     return 1 if result["left_out"] else 0
 
