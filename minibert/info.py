@@ -46,8 +46,8 @@ def _line(choice: DtypeChoice) -> str:
 
 
 def _layers(device: torch.device, dtype: torch.dtype) -> str:
-    choice = prepacked.choose(device, dtype)
-    return f"{'prepacked' if choice.prepack else 'plain'} for tagging: {choice.reason}"
+    choice = prepacked.choose(device, dtype, may_round=True)
+    return f"{'prepacked' if choice.linear else 'plain'} for tagging: {choice.reason}"
 
 
 def _fused(device: torch.device, dtype: torch.dtype) -> str:

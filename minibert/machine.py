@@ -32,6 +32,12 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(flags.split(":", 1)[1].split())
 
 
+def native_bf16() -> str | None:
+    """The instructions by which the CPU multiplies bf16, or None: it has none."""
+    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
+    return next((what for flag, what in known.items() if flag in cpu_flags()), None)
+
+
 def choose_device(name: str | None = None) -> torch.device:
     """The device of that name; None takes a GPU where there is one.
 
@@ -72,10 +78,8 @@ def choose_dtype(name: str, device: torch.device) -> DtypeChoice:
         if capability >= (7, 0):
             return DtypeChoice(torch.float16, f"{version} has fp16 tensor cores, but none for bf16")
         return DtypeChoice(torch.float32, f"{version} has no tensor cores")
-    flags = cpu_flags()
-    for flag, what in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "Arm BF16")):
-        if flag in flags:
-            return DtypeChoice(torch.bfloat16, f"the CPU multiplies bf16 natively ({what})")
+    if what := native_bf16():
+        return DtypeChoice(torch.bfloat16, f"the CPU multiplies bf16 natively ({what})")
     return DtypeChoice(torch.float32, "the CPU does not multiply bf16 natively")
 
 

@@ -112,7 +112,8 @@ class Tagger:
         Args:
             directory: holds config.json, model.safetensors and tokenizer files.
             attn_implementation: "eager", "sdpa", "fused" or "auto".
-            dtype: "fp32", "bf16", "fp16" or "auto", the fastest the hardware has.
+            dtype: "fp32", "bf16", "fp16" or "auto", the fastest the hardware has; with ``prepack``
+                on a CPU that has AVX2 alone, fp32 with weights rounded to fp16.
             device: None takes a GPU if there is one.
             batch_tokens, pack, well_formed: as above.
             prepack: lay the weights out once as the CPU's products read them, where
@@ -120,7 +121,8 @@ class Tagger:
                 keeps the plain layers, which are the reference and can be traced.
 
         Raises:
-            MinibertError: a file is missing or damaged, or there is no trained classifier in it.
+            MinibertError: a file is missing or damaged, or there is no trained classifier in it, or
+                a weight is too large for the dtype.
         """
         where = choose_device(device)
         directory = Path(directory)
@@ -142,8 +144,9 @@ class Tagger:
                 f"{directory}: has no trained {model.load_report.initialised[0]}: "
                 "train it first with train.py"
             )
-        if prepack and prepacked.choose(where, choice.dtype).prepack:
-            prepacked.prepack(model)
+        layers = prepacked.choose(where, choice.dtype, may_round=dtype == "auto")
+        if prepack and layers.linear:
+            prepacked.prepack(model, layers.linear)
         return cls(model, tokenizer, batch_tokens, pack, well_formed)
 
     def __call__(self, text: str | Sequence) -> list:

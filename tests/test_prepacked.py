@@ -2,34 +2,69 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import minibert
-from minibert import BertForTokenClassification, Tagger, Tokenizer, cli
+from minibert import BertForTokenClassification, Tagger, Tokenizer, cli, machine, prepacked
 from minibert.data import Example, packed, rounded
+from minibert.files import MinibertError
 from minibert.numerics import max_abs
-from minibert.prepacked import PrepackedLayer, choose, prepack
+from minibert.prepacked import (
+    MANY_ROWS,
+    BlockedLinear,
+    HalfLinear,
+    PrepackedLayer,
+    choose,
+    prepack,
+)
 from tests.test_packing import MIXES, batch, model
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+KINDS = {
+    "fp32": (torch.float32, BlockedLinear, False),
+    "fp32 with AVX2": (torch.float32, BlockedLinear, True),
+    "bf16": (torch.bfloat16, BlockedLinear, False),
+    "fp16 weights": (torch.float32, HalfLinear, True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_the_error_is_within_twice_that_of_the_plain_layers(attn: str, dtype: torch.dtype) -> None:
-    """Judged against float64, over all mixes: a single token's error is small by luck at times."""
-    if not choose(CPU, dtype).prepack:
-        pytest.skip(choose(CPU, dtype).reason)
-    net, exact, fast = model(attn, dtype), model(attn, dtype).double(), model(attn, dtype)
-    prepack(fast)
-    assert all(isinstance(layer, PrepackedLayer) for layer in fast.bert.layers)
+def test_the_error_is_within_twice_that_of_the_plain_layers(
+    attn: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged against float64, over all mixes: a single token's error is small by luck at times.
+
+    The truth is that of the weights as they are: rounded, where the layers round them.
+    """
+    dtype, linear, avx2 = KINDS[kind]
+    monkeypatch.setattr(prepacked, "AVX2", avx2)
+    found = choose(CPU, dtype, may_round=linear is HalfLinear)
+    if found.linear is not linear:
+        pytest.skip(found.reason)
+    net, fast = model(attn, dtype), model(attn, dtype)
+    if linear is HalfLinear:
+        with torch.no_grad():
+            for layer in net.bert.plain_layers():
+                for module in layer.modules():
+                    if isinstance(module, nn.Linear):
+                        module.weight.copy_(module.weight.half())
+    exact = copy.deepcopy(net).double()
+    prepack(fast, linear)
+    assert all(isinstance(layer.qkv, linear) for layer in fast.bert.layers)
     truth, plain, ours, padded = [], [], [], []
-    for lengths in MIXES.values():
+    mixes = [*MIXES.values(), [128, 128, 128, 5]]
+    assert sum(mixes[0]) < MANY_ROWS <= sum(mixes[-1])
+    for lengths in mixes:
         padded_inputs, packed_inputs, mask = batch(lengths)
         with torch.no_grad():
             truth.append(exact(**packed_inputs).logits)
@@ -78,11 +113,38 @@ def test_a_tagger_has_them_unless_it_is_to_be_looked_into(directory: Path, tmp_p
     assert not fast.model.eval().training
 
 
-def test_it_says_why_not() -> None:
-    assert choose(CPU, torch.float32).prepack
+def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(CPU, torch.float32).linear is BlockedLinear
     assert "CPU" in choose(torch.device("cuda"), torch.float16).reason
-    assert not choose(torch.device("cuda"), torch.float16).prepack
-    assert not choose(CPU, torch.float64).prepack
+    assert not choose(torch.device("cuda"), torch.float16).linear
+    assert not choose(CPU, torch.float64).linear
+    monkeypatch.setattr(prepacked, "BLOCKED", ("mkldnn::_gone",))
+    assert choose(CPU, torch.float32).reason == f"torch {torch.__version__} has no mkldnn::_gone"
+
+
+def test_weights_are_rounded_with_avx2_alone_and_where_no_dtype_was_asked_for(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kind(dtype: str) -> type:
+        tagger = Tagger.from_pretrained(directory, dtype=dtype, device="cpu")
+        return type(tagger.model.bert.layers[0].qkv)
+
+    monkeypatch.setattr(machine, "cpu_flags", frozenset)
+    monkeypatch.setattr(prepacked, "AVX2", False)
+    assert kind("auto") is BlockedLinear
+    monkeypatch.setattr(prepacked, "AVX2", True)
+    if choose(CPU, torch.float32, may_round=True).linear is not HalfLinear:
+        pytest.skip("torch was built without FBGEMM")
+    assert kind("auto") is HalfLinear
+    assert kind("fp32") is BlockedLinear
+
+
+def test_a_weight_too_large_for_fp16_is_refused() -> None:
+    weight_OI = torch.full((3, 2), 65504.0)
+    HalfLinear(weight_OI, torch.zeros(3))
+    weight_OI[1, 1] = -1e5
+    with pytest.raises(MinibertError, match="a weight of 100000, too large for fp16"):
+        HalfLinear(weight_OI, torch.zeros(3))
 
 
 @given(st.integers(1, 100_000))
