@@ -6,8 +6,9 @@
     make bench BENCH="--model-dir runs/movie/last"          accuracy of this model, trained
 
 Each part is a module ``bench_*.py`` on pytest-benchmark, run in a process of its own; what it found
-is written before the next one begins: ``results/speed-DATE.json`` with every single time, a table,
-a plot, and the table in README.md. Each part times its ceiling in the same turns as the rest.
+is written before the next one begins: ``results/speed-INSTRUCTIONS-DATE.json`` with every single
+time, a table, a plot, and the table in README.md. Each part times its ceiling in the same turns as
+the rest. What computes in bf16 is left out where the CPU has no instruction for it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import report, runs
-from minibert.files import MinibertError, write_text
-from minibert.machine import choose_dtype
+from benchmarks import report, runs, stage
+from minibert.files import MinibertError
+from minibert.machine import choose_dtype, native_bf16
 
 PARTS = (
     "inference", "training", "startup", "accuracy", "latency", "adamw", "memory", "profile",
@@ -118,25 +119,29 @@ def collected(benchmarks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """The processor, and what it multiplies bf16 by."""
+    """The processor, its widest instructions, and the format in which ours runs on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     model = next((line.partition(": ")[2] for line in lines if "model name" in line), "unknown")
     choice = choose_dtype("auto", torch.device("cpu"))
-    return {"model": model, "threads": torch.get_num_threads(), "bf16": choice.reason}
+    return {
+        "model": model,
+        "instructions": native_bf16() or torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": stage.OURS,
+        "why": choice.reason,
+    }
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:
     """JSON, table and plot; the README's section unless the output goes elsewhere."""
-    folder = runs.RESULTS if output is None else output
-    path = runs.keep("speed", result, folder)
-    table = report.page(result, path.name)
-    write_text(path.with_suffix(".md"), table)
-    report.plot(result, path.with_suffix(".png"))
+    name = "speed-" + result["cpu"]["instructions"].lower().replace(" ", "-")
+    path = runs.keep(name, result, runs.RESULTS if output is None else output)
+    report.write(path, json.loads(path.read_text(encoding="utf-8")))
     if output is None:
-        runs.replace_section(runs.ROOT / "README.md", "speed", report.section(result, path.name))
+        report.refresh_readme()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What bf16 and packing change about the predictions: against float32 and padded batches."""
+"""What the fast path changes about the predictions: against float32, padded, plain layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INFERENCE, TURNS, WARM_UP = True, 1, 0
 
 
 def subjects(plan: Plan) -> Sequence[str]:
-    return ("minibert bf16, packed",)
+    return (f"minibert {stage.OURS}, packed",)
 
 
 def test_accuracy(found: dict, place: Place) -> None:
@@ -37,7 +37,7 @@ def build(subject: str, place: Place) -> Run:
         return [[label.name for label in labels] for labels in tagger.label(words)]
 
     def run() -> dict:
-        exact, fast = names("fp32", False), names("bf16", True)
+        exact, fast = names("fp32", False), names("auto", True)
         pairs = [pair for a, b in zip(exact, fast) for pair in zip(a, b)]
         return {
             "words": len(pairs),

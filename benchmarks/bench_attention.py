@@ -1,4 +1,4 @@
-"""Attention alone, one layer in bf16 over the test sentences."""
+"""Attention alone, one layer in the fastest native format over the test sentences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
 from minibert import attention, layout
+from minibert.machine import DTYPES
 from minibert.tagger import Tagger
 
 INFERENCE, TURNS, WARM_UP = True, 5, 1
@@ -31,9 +32,10 @@ def test_attention(found: dict) -> None:
 def build(subject: str, place: Place) -> Run:
     model = stage.ours(place.plan_name)
     examples = stage.test_examples(place.plan_name)
+    dtype = DTYPES[stage.NATIVE]
     tokens, width = stage.tokens_of(examples), model.config.hidden_size
     if subject == "ceiling":  # q, k, v read and the context written
-        run = stage.moved(4 * 2 * width * tokens)
+        run = stage.moved(4 * dtype.itemsize * width * tokens)
         return lambda: run() or {"tokens": tokens}
     layouts: list[layout.Layout]
     if subject.startswith("minibert"):
@@ -41,15 +43,13 @@ def build(subject: str, place: Place) -> Run:
         layouts = [batch.inputs["layout"] for batch in tagger._batches(examples)]
     else:
         examples = stage.by_length(examples) if "sorted" in subject else examples
-        layouts = [
-            layout.Padded.from_mask(*batch, torch.bfloat16) for batch in stage.padded(examples)
-        ]
+        layouts = [layout.Padded.from_mask(*batch, dtype) for batch in stage.padded(examples)]
     attend = attention.implementation("eager" if "eager" in subject else "sdpa")
     inputs = []
     for where in layouts:
         count = sum(block.rows * block.length for block in where.blocks)
         qkv = torch.randn(3, count, width // model.config.head_size, model.config.head_size)
-        inputs.append((*qkv.bfloat16(), where))
+        inputs.append((*qkv.to(dtype), where))
 
     def run_all() -> dict:
         for q, k, v, where in inputs:

@@ -1,10 +1,11 @@
-"""Tokens a second against the sentences' length and the batch's size, in bf16."""
+"""Tokens a second against the sentences' length and the batch's size, by the fastest formats."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
@@ -29,8 +30,10 @@ def build(subject: str, place: Place) -> Run:
     size = int(number)
     rows, length = (max(1, place.plan.tokens // size), size) if kind == "length" else (size, LENGTH)
     name = place.plan_name
-    mine = side == "minibert"
-    model = stage.answering(name, torch.bfloat16) if mine else stage.in_bf16(stage.theirs, name)
+    if side == "minibert":
+        model: nn.Module = stage.answering(name, stage.OURS)
+    else:
+        model = stage.in_dtype(stage.theirs, name, stage.NATIVE)
     ids = torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
 
     def run() -> dict:

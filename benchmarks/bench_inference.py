@@ -11,22 +11,23 @@ from benchmarks.peers import Predict
 from benchmarks.stage import Place, Plan, Run
 from minibert import data
 from minibert.data import Batch, Example
-from minibert.machine import DTYPES
 from minibert.tagger import Tagger
 
 INFERENCE, TURNS, WARM_UP = True, 5, 1
 SUBJECTS = (
     "ceiling fp32",
     "ceiling bf16",
+    "ceiling fp16w",
     "minibert fp32, packed",
     "minibert bf16, packed",
+    "minibert fp16w, packed",
     "transformers sdpa fp32, padded to 128",
     "transformers eager fp32, padded to longest",
     "transformers sdpa fp32, padded to longest",
     "transformers sdpa fp32, sorted by length",
     "transformers sdpa bf16, padded to longest",
     "transformers sdpa bf16, sorted by length",
-    "transformers compiled bf16, sorted by length",
+    f"transformers compiled {stage.NATIVE}, sorted by length",
     "onnxruntime fp32, padded to longest",
     "onnxruntime fp32, sorted by length",
     "onnxruntime int8, padded to longest",
@@ -37,7 +38,7 @@ SUBJECTS = (
     "OpenVINO bf16, sorted by length",
 )
 # How far the logits may lie from ours in fp32, as a share of the largest; int8 is another model.
-NEAR = {"fp32": 1e-4, "bf16": 0.1, "int8": 1.0}
+NEAR = {"fp32": 1e-4, "fp16w": 1e-2, "bf16": 0.1, "int8": 1.0}
 
 
 def subjects(plan: Plan) -> Sequence[str]:
@@ -55,12 +56,12 @@ def build(subject: str, place: Place) -> Run:
     examples = stage.test_examples(name)
     tokens = stage.tokens_of(examples)
     if kind.startswith("ceiling"):
-        run = stage.prepacked_products(name, DTYPES[dtype], plan.tokens)
+        run = stage.prepacked_products(name, dtype, plan.tokens)
         return lambda: run() or {"tokens": plan.tokens}
     if kind.startswith("minibert"):
         # As the Tagger does it: prepacked, sorted by length over the whole pool, 2048 tokens to a
         # batch.
-        model = stage.answering(name, DTYPES[dtype])
+        model = stage.answering(name, dtype)
         batches = list(Tagger(model, stage.tokenizer())._batches(examples))
         assert _apart(model(**batches[0].inputs).logits, batches[0], name) <= NEAR[dtype]
 
@@ -70,7 +71,7 @@ def build(subject: str, place: Place) -> Run:
             return {"tokens": tokens}
 
         return packed
-    model = stage.in_bf16(stage.theirs, name) if dtype == "bf16" else stage.theirs(name)
+    model = stage.in_dtype(stage.theirs, name, "fp32" if dtype == "int8" else dtype)
     if layout == "padded to 128":
         examples = examples[: max(stage.BATCH, len(examples) // 8)]  # a tenth as fast
         tokens = stage.tokens_of(examples)
@@ -91,7 +92,7 @@ def build(subject: str, place: Place) -> Run:
 
 
 def predictor(kind: str, model: nn.Module, place: Place) -> Predict:
-    if kind == "transformers compiled bf16":
+    if kind.startswith("transformers compiled"):
         if not place.plan.long:
             raise peers.MissingError("compiling takes a minute: it is part of make bench-full")
         return peers.compiled(model)

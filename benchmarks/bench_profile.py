@@ -47,12 +47,12 @@ def build(subject: str, place: Place) -> Run:
         name = next(n for n in names if n.startswith(side) and (side == "minibert" or "fused" in n))
         once = bench_training.build(name, place)
     elif what == "one sentence":
-        latency = bench_latency.build("minibert bf16", place)
+        latency = bench_latency.build(f"minibert {stage.OURS}", place)
         with torch.inference_mode():
             latency()
         once = torch.inference_mode()(latency)
     else:
-        model = stage.answering(place.plan_name, torch.bfloat16)
+        model = stage.answering(place.plan_name, stage.OURS)
         examples = stage.test_examples(place.plan_name)
         batches = list(Tagger(model, stage.tokenizer())._batches(examples))
         once = lambda: [model(**batch.inputs) for batch in batches]  # noqa: E731

@@ -1,4 +1,7 @@
-"""A training step: 32 sentences forward and backward under bf16 autocast, clipping, AdamW."""
+"""A training step: 32 sentences forward and backward, clipping, AdamW.
+
+Under bf16 autocast where the CPU multiplies bf16 natively, else in fp32.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def build(subject: str, place: Place) -> Run:
 
     def run_all() -> dict:
         for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=stage.NATIVE == "bf16"):
                 loss = model(**batch.inputs).loss
             loss.backward()
             update()
@@ -60,15 +63,16 @@ def ceiling(plan_name: str, tokens: Sequence[int]) -> Callable[[], None]:
     """The least that steps of so many tokens can be: their products, and the bytes they must move.
 
     Products: the forward pass three times (the backward pass takes two products for each). Bytes: a
-    linear layer's weight is read in float32, written and twice read in bf16 (10); of every
-    parameter the gradient is written and read for the norm, and AdamW reads four numbers and
+    linear layer's weight, for bf16, is read in float32, written and twice read in bf16 (10); of
+    every parameter the gradient is written and read for the norm, and AdamW reads four numbers and
     writes three (36).
     """
-    model = stage.in_bf16(stage.ours, plan_name)
+    model = stage.in_dtype(stage.ours, plan_name, stage.NATIVE)
+    cast = 10 if stage.NATIVE == "bf16" else 0
     linear = sum(layer.weight.numel() for layer in stage.linears(model))
     parameters = sum(p.numel() for p in model.parameters())
     products = [stage.products(model, count) for count in tokens]
-    bytes_of_a_step = stage.moved(10 * linear + 36 * parameters)
+    bytes_of_a_step = stage.moved(cast * linear + 36 * parameters)
 
     def run() -> None:
         for product in products:

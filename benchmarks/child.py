@@ -49,8 +49,10 @@ def tag(side: str, directory: Path, file: Path) -> None:
     import torch
     import transformers
 
+    from minibert.machine import choose_dtype
+
     model = transformers.AutoModelForTokenClassification.from_pretrained(
-        directory, dtype=torch.bfloat16
+        directory, dtype=choose_dtype("auto", torch.device("cpu")).dtype
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     texts = sorted(file.read_text().splitlines(), key=len)

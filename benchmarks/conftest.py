@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import stage
 from benchmarks.peers import MissingError
 from benchmarks.stage import PLANS, Place, Run
 
@@ -31,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subject" in metafunc.fixturenames:
         plan = PLANS[metafunc.config.getoption("--plan")]
         turns = range(min(plan.turns, metafunc.module.TURNS))
-        names = metafunc.module.subjects(plan)
+        names = [name for name in metafunc.module.subjects(plan) if stage.runs_here(name)]
         metafunc.parametrize(("turn", "subject"), [(t, name) for t in turns for name in names])
 
 

@@ -1,21 +1,27 @@
-"""What the benchmarks found, as tables and a plot. Takes the JSON that ``bench.py`` writes."""
+"""What the benchmarks found, as tables and a plot. Takes the JSON that ``bench.py`` writes.
+
+python -m benchmarks.report     every table and plot anew, from benchmarks/results/speed-*.json
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from minibert.files import replacing
+from benchmarks import runs
+from minibert.files import replacing, write_text
 
 Rows = dict[str, Any]  # subject: its seconds and what else it found
 
+# Ours in each part; where there are several, the first that was run.
 OURS = {
-    "inference": "minibert bf16, packed",
-    "training": "minibert, packed",
-    "latency": "minibert bf16",
-    "startup": "minibert",
-    "adamw": "minibert",
-    "attention": "minibert sdpa, packed",
+    "inference": ("minibert bf16, packed", "minibert fp16w, packed", "minibert fp32, packed"),
+    "training": ("minibert, packed",),
+    "latency": ("minibert bf16", "minibert fp16w", "minibert fp32"),
+    "startup": ("minibert",),
+    "adamw": ("minibert",),
+    "attention": ("minibert sdpa, packed",),
 }
 # part, ours, peer, and how many times faster ours was to be on two cores with AMX.
 AIMS = (
@@ -35,6 +41,11 @@ AIMS = (
 )
 
 
+def ours_of(part: str, rows: Rows) -> str | None:
+    """The subject that the others of its part are compared with."""
+    return next((name for name in OURS.get(part, ()) if name in rows), None)
+
+
 def rate(row: dict[str, Any]) -> float:
     """Real tokens a second; processes a second where tokens are not counted."""
     return row.get("tokens", 1) / row["median_s"]
@@ -44,8 +55,8 @@ def ceiling_of(rows: Rows, subject: str) -> dict[str, Any] | None:
     """The ceiling of a subject's number format; int8 has none here."""
     if "int8" in subject:
         return None
-    exact = "ceiling fp32" if "fp32" in subject else "ceiling bf16"
-    return rows.get("ceiling") or rows.get(exact)
+    dtype = next((name for name in ("bf16", "fp16w") if name in subject), "fp32")
+    return rows.get("ceiling") or rows.get(f"ceiling {dtype}")
 
 
 def ratio(value: float) -> str:
@@ -66,25 +77,27 @@ def part_table(part: str, rows: Rows) -> str:
             lines.append(f"| {kind} | {cells} |")
         return "\n".join(lines)
     if part == "accuracy":
-        return "\n".join(accuracy(row) for row in rows.values())
+        return "\n".join(accuracy(*found) for found in rows.items())
     tokens = "tokens" in next(iter(rows.values()))
-    ours = rows.get(OURS.get(part, ""))
+    ours = ours_of(part, rows)
     head = f"| {part} | {'tokens/s' if tokens else 'ms'} | minibert is | share of the ceiling |"
     lines = [head, "|---|---|---|---|"]
     for name, row in rows.items():
         shown = f"{rate(row):.0f}" if tokens else f"{1000 * row['median_s']:.0f}"
-        faster = ratio(rate(ours) / rate(row)) if ours and not name.startswith("ceiling") else ""
+        compared = ours and not name.startswith("ceiling")
+        faster = ratio(rate(rows[ours]) / rate(row)) if compared else ""
         top = ceiling_of(rows, name)
         share = f"{rate(row) / rate(top):.0%}" if top else ""
         lines.append(f"| {name} | {shown} | {faster} | {share} |")
     return "\n".join(lines)
 
 
-def accuracy(row: dict[str, Any]) -> str:
+def accuracy(subject: str, row: dict[str, Any]) -> str:
     """In a sentence."""
     trained = "" if row["trained"] else " (the classifier is not trained: this says little)"
+    fast = subject.removeprefix("minibert ").replace(",", "")
     return (
-        f"bf16 packed against fp32 padded, MiniLM{trained}: {row['words_apart']} of "
+        f"{fast} against fp32 padded, MiniLM{trained}: {row['words_apart']} of "
         f"{row['words']} words differ, entity F1 {100 * row['f1']:.2f} and "
         f"{100 * row['f1_fp32_padded']:.2f}."
     )
@@ -103,13 +116,21 @@ def aims(parts: dict[str, Rows]) -> str:
     return "\n".join(lines)
 
 
-def origin(result: dict[str, Any], file: str) -> str:
+def machine(result: dict[str, Any]) -> str:
+    """The processor in a few words, and the format in which ours runs on it."""
     cpu = result["cpu"]
+    return f"{cpu['model']} with {cpu['instructions']}, in {cpu['dtype']}"
+
+
+def origin(result: dict[str, Any], file: str) -> str:
+    stem = file.removesuffix(".json")
     return (
-        f"{cpu['model']}, {cpu['threads']} threads; {cpu['bf16']}. BERT-base's shape, medians over "
-        f"turns taken side by side in one run; load average {result['load_before'][0]:.1f} before "
-        f"and {result['load_after'][0]:.1f} after it. Every time is in "
-        f"`benchmarks/results/{file}`, written by `make bench`."
+        f"{machine(result)} ({result['cpu']['why']}), {result['cpu']['threads']} threads, "
+        f"{result['date']}. BERT-base's shape, medians over turns taken side by side in one "
+        f"run; load average {result['load_before'][0]:.1f} before and "
+        f"{result['load_after'][0]:.1f} after it. Every time is in "
+        f"`benchmarks/results/{file}`, written by `make bench`; as tables and curves: "
+        f"`benchmarks/results/{stem}.md`, `benchmarks/results/{stem}.png`."
     )
 
 
@@ -127,19 +148,48 @@ def page(result: dict[str, Any], file: str) -> str:
     return "# Speed\n\n" + "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def section(result: dict[str, Any], file: str) -> str:
-    """The README's part of it."""
-    parts = result["parts"]
-    shown = [
-        part_table(p, parts[p])
-        for p in ("inference", "latency", "training", "memory")
-        if p in parts
-    ]
-    stem = file.removesuffix(".json")
-    rest = f"More, and the curves: `benchmarks/results/{stem}.md`, `benchmarks/results/{stem}.png`."
-    accurate = part_table("accuracy", parts["accuracy"]) if "accuracy" in parts else ""
-    blocks = [*shown, accurate, aims(parts), origin(result, file) + " " + rest, left_out(result)]
+def section(results: dict[str, dict[str, Any]]) -> str:
+    """The README's part of it: a column for every kind of processor, from the newest run on each.
+
+    Args:
+        results: by the names of their files.
+    """
+    found = list(results.values())
+    head = "| minibert is so many times as fast as | " + " | ".join(map(machine, found)) + " |"
+    lines = [head, "|---" * (1 + len(found)) + "|"]
+    for part in ("inference", "latency", "training", "startup"):
+        names = dict.fromkeys(name for r in found for name in r["parts"].get(part, {}))
+        peers = [n for n in names if not n.startswith(("ceiling", "minibert"))]
+        rows = [(f"{part}: {peer}", [_times(r, part, peer) for r in found]) for peer in peers]
+        rows.append((f"{part}: share of the ceiling", [_share(r, part) for r in found]))
+        lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows if any(cells)]
+    memory = dict.fromkeys(name for r in found for name in r["parts"].get("memory", {}))
+    table = ["| peak memory of a process, MB | " + " | ".join(map(machine, found)) + " |", lines[1]]
+    for name in memory:
+        rows_of = [r["parts"].get("memory", {}) for r in found]
+        cells = [f"{rows[name]['peak_mb']:.0f}" if name in rows else "" for rows in rows_of]
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    blocks = ["\n".join(lines), "\n".join(table)]
+    for file, result in results.items():
+        accurate = result["parts"].get("accuracy")
+        blocks += [origin(result, file)]
+        blocks += [part_table("accuracy", accurate)] if accurate else []
+        blocks += [left_out(result)]
     return "\n\n".join(block for block in blocks if block)
+
+
+def _times(result: dict[str, Any], part: str, peer: str) -> str:
+    """How many times as fast as the peer ours is, in the fastest native format; "" if not run."""
+    rows = result["parts"].get(part, {})
+    ours = ours_of(part, rows)
+    return ratio(rate(rows[ours]) / rate(rows[peer])) if ours and peer in rows else ""
+
+
+def _share(result: dict[str, Any], part: str) -> str:
+    rows = result["parts"].get(part, {})
+    ours = ours_of(part, rows)
+    top = ceiling_of(rows, ours) if ours else None
+    return f"{rate(rows[ours]) / rate(top):.0%}" if ours and top else ""
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -164,7 +214,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for side in ("minibert", "transformers"):
             points = [(row["x"], rate(row)) for row in rows if row["side"] == side]
             axis.plot(*zip(*points), "o-", label=side) if points else None
-        axis.set(xscale="log", xlabel=label, title="tokens/s, bf16")
+        axis.set(xscale="log", xlabel=label, title="tokens/s")
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         if rows:
             axis.legend()
@@ -178,3 +228,30 @@ def plot(result: dict[str, Any], path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
+
+
+def newest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The newest run on each kind of processor, by the name of its file; the latest run first."""
+    found: dict[tuple, tuple[str, dict[str, Any]]] = {}
+    paths = sorted(folder.glob("speed-*.json"), key=lambda path: path.stem[-10:])  # by their dates
+    for path in reversed(paths):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault((machine(result), result["cpu"]["threads"]), (path.name, result))
+    return dict(found.values())
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """The tables and the plot beside a result's JSON."""
+    write_text(path.with_suffix(".md"), page(result, path.name))
+    plot(result, path.with_suffix(".png"))
+
+
+def refresh_readme() -> None:
+    """The table in README.md, from the newest runs."""
+    runs.replace_section(runs.ROOT / "README.md", "speed", section(newest(runs.RESULTS)))
+
+
+if __name__ == "__main__":
+    for path in runs.RESULTS.glob("speed-*.json"):
+        write(path, json.loads(path.read_text(encoding="utf-8")))
+    refresh_readme()

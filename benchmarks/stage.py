@@ -18,9 +18,17 @@ from torch import Tensor, nn
 from benchmarks.gpu_models import like, sentences
 from minibert import BertConfig, BertForTokenClassification, data, hub, prepacked
 from minibert.data import Example
+from minibert.machine import DTYPES, choose_dtype, name_of
 from minibert.tokenizer import Tokenizer
 
 BATCH = 32
+CPU = torch.device("cpu")
+# The fastest format that this CPU multiplies natively. Without an instruction for bf16 its products
+# take a hundred times as long as those in fp32: nobody would use them, and nothing here does.
+NATIVE = name_of(choose_dtype("auto", CPU).dtype)
+# What the Tagger takes by itself: "fp16w" is fp32 with weights rounded to fp16.
+HALVES = prepacked.choose(CPU, DTYPES[NATIVE], may_round=True).linear is prepacked.HalfLinear
+OURS = "fp16w" if HALVES else NATIVE
 
 
 class Plan(NamedTuple):
@@ -126,17 +134,26 @@ def theirs(plan_name: str) -> nn.Module:
 
 
 @cache
-def in_bf16(make: Callable[[str], nn.Module], plan_name: str) -> nn.Module:
-    return copy.deepcopy(make(plan_name)).to(torch.bfloat16)
+def in_dtype(make: Callable[[str], nn.Module], plan_name: str, dtype: str) -> nn.Module:
+    """The model that ``make`` makes, in "fp32" or "bf16"."""
+    model = make(plan_name)
+    return model if dtype == "fp32" else copy.deepcopy(model).to(DTYPES[dtype])
 
 
 @cache
-def answering(plan_name: str, dtype: torch.dtype) -> BertForTokenClassification:
-    """Our model as the Tagger has it: prepacked where that can be done."""
+def answering(plan_name: str, kind: str) -> BertForTokenClassification:
+    """Our model as the Tagger has it in "fp32", "bf16" or "fp16w"; prepacked where it can be."""
+    dtype = DTYPES["fp32" if kind == "fp16w" else kind]
     model = copy.deepcopy(ours(plan_name)).to(dtype)
-    if prepacked.choose(torch.device("cpu"), dtype).prepack:
-        prepacked.prepack(model)
+    linear = prepacked.choose(CPU, dtype, may_round=kind == "fp16w").linear
+    if linear:
+        prepacked.prepack(model, linear)
     return model
+
+
+def runs_here(subject: str) -> bool:
+    """Whether a subject of that name computes in a format that is of use on this CPU."""
+    return not ("bf16" in subject and NATIVE != "bf16") and not ("fp16w" in subject and not HALVES)
 
 
 def by_length(examples: Sequence[Example]) -> list[Example]:
@@ -176,14 +193,14 @@ def products(model: nn.Module, tokens: int) -> Callable[[], None]:
     return run
 
 
-def prepacked_products(plan_name: str, dtype: torch.dtype, tokens: int) -> Callable[[], None]:
+def prepacked_products(plan_name: str, kind: str, tokens: int) -> Callable[[], None]:
     """The same by weights that lie as the products read them, where they can."""
-    layers = answering(plan_name, dtype).bert.layers
+    layers = answering(plan_name, kind).bert.layers
     if not all(isinstance(layer, prepacked.PrepackedLayer) for layer in layers):
-        return products(answering(plan_name, dtype), tokens)
-    config = ours(plan_name).config
-    x_ND = torch.randn(tokens, config.hidden_size).to(dtype)
-    x_NF = torch.randn(tokens, config.intermediate_size).to(dtype)
+        return products(answering(plan_name, kind), tokens)
+    config, dtype = ours(plan_name).config, layers[0].attention_norm.weight.dtype
+    x_ND = torch.randn(tokens, config.hidden_size, dtype=dtype)
+    x_NF = torch.randn(tokens, config.intermediate_size, dtype=dtype)
 
     def run() -> None:
         with torch.inference_mode():

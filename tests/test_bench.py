@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import bench, report, runs
 from benchmarks.child import run_child
+from benchmarks.stage import NATIVE, OURS
 from minibert.files import MinibertError
 
 
@@ -42,7 +43,8 @@ def test_rehearsal_of_everything(tmp_path: Path) -> None:
     assert result["left_out"] == {}
     assert tuple(result["parts"]) == bench.PARTS
     inference = result["parts"]["inference"]
-    assert {"ceiling bf16", "minibert bf16, packed"} <= inference.keys()
+    assert {f"ceiling {OURS}", f"minibert {OURS}, packed"} <= inference.keys()
+    assert NATIVE == "bf16" or not any("bf16" in subject for subject in inference)
     assert inference["transformers sdpa fp32, padded to longest"]["apart"] < 1e-4
 
 
@@ -89,7 +91,14 @@ def row(seconds: float, **more: object) -> dict:
 
 
 RESULT = {
-    "cpu": {"model": "A CPU", "threads": 2, "bf16": "none"},
+    "date": "2026-01-02",
+    "cpu": {
+        "model": "A CPU",
+        "instructions": "AMX",
+        "dtype": "bf16",
+        "why": "it has AMX",
+        "threads": 2,
+    },
     "load_before": [0.1, 0, 0],
     "load_after": [2.0, 0, 0],
     "left_out": {"latency": "exit status 1: no\nmore"},
@@ -128,17 +137,56 @@ def test_the_tables_say_what_was_found(tmp_path: Path) -> None:
     assert "| minibert tag MiniLM, 50 sentences | 400 | 3.0 |" in page
     assert "1 of 1000 words differ, entity F1 50.00 and 50.10" in page
     assert "Left out: latency (exit status 1: no)" in page
-    section = report.section(RESULT, "speed.json")
+    section = report.section({"speed.json": RESULT})
     assert "load average 0.1 before and 2.0 after" in section
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
     runs.replace_section(readme, "speed", section)
-    assert readme.read_text().startswith("before\n<!-- speed -->\n| inference |")
+    assert readme.read_text().startswith("before\n<!-- speed -->\n| minibert is so many")
     assert readme.read_text().endswith("<!-- /speed -->\nafter\n")
     assert "old" not in readme.read_text()
     assert "<!-- speed -->" in (runs.ROOT / "README.md").read_text()
     report.plot(RESULT, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+SMALLER = {
+    "date": "2026-01-01",
+    "cpu": {
+        "model": "A CPU", "instructions": "AVX2", "dtype": "fp32", "why": "no bf16", "threads": 2
+    },
+    "load_before": [0.1, 0, 0],
+    "load_after": [0.2, 0, 0],
+    "left_out": {},
+    "parts": {
+        "inference": {
+            "ceiling fp32": row(0.5, tokens=100),
+            "minibert fp32, packed": row(0.8, tokens=100),
+            "onnxruntime int8, sorted by length": row(0.4, tokens=100),
+        }
+    },
+}  # fmt: skip
+
+
+def test_every_kind_of_processor_has_a_column_of_its_newest_run(tmp_path: Path) -> None:
+    older = RESULT | {"date": "2025-12-31", "parts": {}}
+    for result in (SMALLER, RESULT, older):
+        name = f"speed-{result['cpu']['instructions'].lower()}-{result['date']}.json"
+        (tmp_path / name).write_text(json.dumps(result))
+    found = report.newest(tmp_path)
+    assert list(found) == ["speed-amx-2026-01-02.json", "speed-avx2-2026-01-01.json"]
+    section = report.section(found)
+    assert "| A CPU with AMX, in bf16 | A CPU with AVX2, in fp32 |" in section
+    assert "| inference: onnxruntime int8, sorted by length | 0.80× | 0.50× |" in section
+    assert "| inference: transformers sdpa fp32, padded to longest | 4.00× |  |" in section
+    assert "| inference: share of the ceiling | 50% | 62% |" in section
+    assert "| startup: share of the ceiling | 50% |  |" in section
+    assert "A CPU with AVX2, in fp32 (no bf16), 2 threads, 2026-01-01." in section
+
+
+def test_the_readme_has_the_table_of_the_results_in_the_repository() -> None:
+    section = report.section(report.newest(runs.RESULTS))
+    assert section in (runs.ROOT / "README.md").read_text()
 
 
 def test_a_child_is_watched_for_its_memory() -> None:
