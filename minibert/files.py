@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -159,3 +162,23 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def give_back(address: int, size: int) -> None:
+    """Give whole pages of memory that nobody will read again back to the system.
+
+    Pages of a mapped file count as the process's memory from the first look at them until the file
+    is closed. What they held is gone afterwards, or read from the file anew. Only on Linux.
+
+    Args:
+        address: of the first byte.
+        size: in bytes.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
+        )

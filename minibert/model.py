@@ -259,7 +259,9 @@ class BertWithHead(nn.Module):
             model = cls(config, choice.name)
         if seed is not None:
             torch.manual_seed(seed)
-        model.load_report = weights.fill(model, tensors, dtype, config.initializer_range, path)
+        model.load_report = weights.fill(
+            model, tensors, dtype, config.initializer_range, path, last_use=True
+        )
         return model.to(device).eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minibert.files import MinibertError, parse_json, replacing
+from minibert.files import MinibertError, give_back, parse_json, replacing
 
 log = logging.getLogger("minibert")
 
@@ -204,6 +204,7 @@ def fill(
     dtype: torch.dtype,
     initializer_range: float,
     source: Path | str,
+    last_use: bool = False,
 ) -> LoadReport:
     """Give a model built on the meta device its parameters, drawing those that are not there.
 
@@ -213,6 +214,8 @@ def fill(
         dtype: of the parameters afterwards, fresh ones drawn in it.
         initializer_range: standard deviation of fresh weights.
         source: for messages.
+        last_use: nobody reads ``tensors`` afterwards: what the file's pages take of memory is
+            given back as they are copied, so that it never holds both in full.
 
     Raises:
         MinibertError: a tensor of another shape, or of no floating type; or most are not there.
@@ -259,6 +262,8 @@ def fill(
         if theirs in tensors:
             # A copy: the mapped file must not change under a loaded model.
             state[ours] = tensors[theirs].to(dtype, copy=True)
+            if last_use:
+                give_back(tensors[theirs].data_ptr(), tensors[theirs].nbytes)
         else:
             wanted = tuple(model.get_parameter(ours).shape)
             state[ours] = fresh(ours, wanted, dtype, initializer_range)

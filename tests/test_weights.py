@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from benchmarks.child import run_child
 from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer, weights
-from minibert.files import MinibertError
+from minibert.files import MinibertError, give_back
 from minibert.verify import check_scores, fill_mask
 
 CONFIG = BertConfig(
@@ -400,3 +402,28 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         assert [weights.read(whole) for whole in disk.rglob("model.safetensors")]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is told what is read no more")
+def test_loading_never_holds_both_the_file_and_the_copy(tmp_path: Path) -> None:
+    size = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
+    config = replace(CONFIG, num_hidden_layers=12, **size)
+    BertForTokenClassification(config).save_pretrained(tmp_path)
+    megabytes = (tmp_path / "model.safetensors").stat().st_size / 2**20
+    assert megabytes > 140
+    load = "import sys; from minibert import BertForTokenClassification as B, weights; "
+    peaks = [
+        run_child([sys.executable, "-c", load + rest, tmp_path])
+        for rest in ("B; weights.Blank", "B.from_pretrained(sys.argv[1])")
+    ]
+    assert 0.9 < (peaks[1] - peaks[0]) / megabytes < 1.4
+
+
+def test_only_whole_pages_are_given_back() -> None:
+    x = torch.ones(5 * 4096, dtype=torch.uint8)
+    give_back(x.data_ptr() + 1, 3 * 4096)
+    where = x.nonzero().flatten()
+    assert int(x[0]) == 1
+    assert bool(x[3 * 4096 + 1 :].all())
+    assert len(where) in (3 * 4096, 5 * 4096)  # two of the three pages are whole; gone, on Linux
+    give_back(x.data_ptr(), 0)
