@@ -153,7 +153,7 @@ def _running(command: argparse.ArgumentParser) -> None:
 def _tagger(options: argparse.Namespace, prepack: bool = True):
     from minibert.tagger import Tagger
 
-    return Tagger.from_pretrained(
+    tagger = Tagger.from_pretrained(
         options.directory,
         attn_implementation=options.attn,
         dtype=options.dtype,
@@ -162,6 +162,11 @@ def _tagger(options: argparse.Namespace, prepack: bool = True):
         prepack=prepack and not options.padded,
         well_formed=not options.each_word,
     )
+    if sys.stderr.isatty():  # to a person; a program that reads standard error waits for problems
+        from minibert.info import running
+
+        print(f"minibert: {running(tagger.model)}", file=sys.stderr)
+    return tagger
 
 
 def _given(options: argparse.Namespace) -> str:

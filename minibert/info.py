@@ -11,6 +11,8 @@ import torch
 from minibert import __version__, attention, kernels, prepacked
 from minibert.files import home
 from minibert.machine import DTYPES, DtypeChoice, choose_device, choose_dtype, name_of
+from minibert.model import BertForTokenClassification
+from minibert.prepacked import PrepackedLayer
 
 HEAD_SIZE, HIDDEN_SIZE = 64, 768  # K and D of BERT-base
 
@@ -39,6 +41,14 @@ def describe() -> str:
         f"fused norm   {_norm(device)}",
     ]
     return "\n".join(lines)
+
+
+def running(model: BertForTokenClassification) -> str:
+    """How a model runs, in a line: device, number format, attention, layers."""
+    weight, layer = model.classifier.weight, model.bert.layers[0]
+    what = layer.qkv.what if isinstance(layer, PrepackedLayer) else "plain layers"
+    attention = model.attn_implementation
+    return f"{weight.device}, {name_of(weight.dtype)}, attention {attention}, {what}"
 
 
 def _line(choice: DtypeChoice) -> str:

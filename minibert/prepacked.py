@@ -45,6 +45,8 @@ class BlockedLinear:
         bias_O: (out,), the same dtype.
     """
 
+    what = "weights laid out for oneDNN"
+
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach())
         self.bias_O = bias_O.detach()
@@ -85,6 +87,8 @@ class HalfLinear:
     Raises:
         MinibertError: a weight is too large for fp16.
     """
+
+    what = "weights rounded to fp16 and laid out for FBGEMM"
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         largest = float(weight_OI.detach().abs().max())

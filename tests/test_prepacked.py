@@ -139,6 +139,25 @@ def test_weights_are_rounded_with_avx2_alone_and_where_no_dtype_was_asked_for(
     assert kind("fp32") is BlockedLinear
 
 
+def test_a_person_is_told_how_the_model_runs(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def told(*options: str) -> str:
+        assert cli.main(["tag", str(directory), "who", "--device", "cpu", *options]) == 0
+        return capsys.readouterr().err
+
+    assert told() == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert (
+        told("--dtype", "fp32", "--padded") == "minibert: cpu, fp32, attention sdpa, plain layers\n"
+    )
+    assert told("--dtype", "fp32").endswith("weights laid out for oneDNN\n")
+    monkeypatch.setattr(machine, "cpu_flags", frozenset)
+    monkeypatch.setattr(prepacked, "AVX2", True)
+    if choose(CPU, torch.float32, may_round=True).linear is HalfLinear:
+        assert told().endswith("weights rounded to fp16 and laid out for FBGEMM\n")
+
+
 def test_a_weight_too_large_for_fp16_is_refused() -> None:
     weight_OI = torch.full((3, 2), 65504.0)
     HalfLinear(weight_OI, torch.zeros(3))
