@@ -49,7 +49,7 @@ gpu-bench: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m benchmarks.gpu_bench
 
 # Speed and memory on this CPU beside transformers, onnxruntime and OpenVINO, and README.md's table
-# from it: about ten minutes on two cores. BENCH="--model-dir DIR" also judges a trained model.
+# from it: ten to twenty minutes on two cores. BENCH="--model-dir DIR" also judges a trained model.
 BENCH ?=
 bench: $(SETUP) weights/minilm/model.safetensors
 ifneq ($(SETUP),)

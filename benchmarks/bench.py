@@ -1,6 +1,6 @@
 """Speed and memory on the CPU at hand, side by side with what people would use instead.
 
-    make bench                                   the usual size, about ten minutes
+    make bench                                   the usual size, ten to twenty minutes
     make bench-full                              long curves, compiled peers: hours
     python -m benchmarks.bench --plan tiny --output DIR     a rehearsal
     make bench BENCH="--model-dir runs/movie/last"          accuracy of this model, trained
