@@ -37,6 +37,11 @@ AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 MANY_ROWS = 384
 
 
+def _gelu(x_NF: Tensor) -> Tensor:
+    """GELU in place: a second tensor of this size is fetched anew from a heap that is in pieces."""
+    return torch.ops.aten.gelu_.default(x_NF)
+
+
 class BlockedLinear:
     """x Wᵀ + b by oneDNN, W in blocks; and plain too, where many rows are faster by that.
 
@@ -63,7 +68,7 @@ class BlockedLinear:
     def gelu(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out), and GELU of that, the exact one by erf."""
         if AVX2:
-            return F.gelu(self(x_NI))
+            return _gelu(self(x_NI))
         linear = torch.ops.mkldnn._linear_pointwise.default
         return linear(x_NI, self.blocks, self.bias_O, "gelu", [], "none")
 
@@ -104,7 +109,7 @@ class HalfLinear:
 
     def gelu(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out), and GELU of that."""
-        return F.gelu(self(x_NI))
+        return _gelu(self(x_NI))
 
     def plus(self, x_NI: Tensor, residual_NO: Tensor) -> Tensor:
         """(N, in) and (N, out) to (N, out): the product and the residual added up."""
