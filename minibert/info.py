@@ -47,8 +47,8 @@ def running(model: BertForTokenClassification) -> str:
     """How a model runs, in a line: device, number format, attention, layers."""
     weight, layer = model.classifier.weight, model.bert.layers[0]
     what = layer.qkv.what if isinstance(layer, PrepackedLayer) else "plain layers"
-    attention = model.attn_implementation
-    return f"{weight.device}, {name_of(weight.dtype)}, attention {attention}, {what}"
+    how = f"attention {model.attn_implementation}, {what}"
+    return f"{weight.device}, {name_of(weight.dtype)}, {how}"
 
 
 def _line(choice: DtypeChoice) -> str:

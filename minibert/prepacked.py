@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.attention import AttentionFn, sdpa
-from minibert.files import MinibertError
 from minibert.layout import Layout
 from minibert.model import BertWithHead, EncoderLayer
 
@@ -90,17 +89,15 @@ class HalfLinear:
         bias_O: (out,), float32.
 
     Raises:
-        MinibertError: a weight is too large for fp16.
+        ValueError: a weight is too large for fp16.
     """
 
     what = "weights rounded to fp16 and laid out for FBGEMM"
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
-        largest = float(weight_OI.detach().abs().max())
+        largest = float(torch.linalg.vector_norm(weight_OI.detach(), torch.inf))
         if largest > torch.finfo(torch.float16).max:
-            raise MinibertError(
-                f"the model has a weight of {largest:g}, too large for fp16: try --dtype fp32"
-            )
+            raise ValueError(f"a weight of {largest:g} is too large for fp16")
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight_OI.detach(), bias_O.detach())
 
     def __call__(self, x_NI: Tensor) -> Tensor:
@@ -233,6 +230,9 @@ def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
     """Replace the encoder layers of a model in eval mode by prepacked ones, one after the other.
 
     Where ``choose`` says that it can be done, by the linear layer it says.
+
+    Raises:
+        ValueError: what the linear layer raises.
     """
     layers = model.bert.layers
     for i in range(len(layers)):

@@ -146,7 +146,10 @@ class Tagger:
             )
         layers = prepacked.choose(where, choice.dtype, may_round=dtype == "auto")
         if prepack and layers.linear:
-            prepacked.prepack(model, layers.linear)
+            try:
+                prepacked.prepack(model, layers.linear)
+            except ValueError as error:
+                raise MinibertError(f"{directory}: {error}: use it with --dtype fp32") from None
         return cls(model, tokenizer, batch_tokens, pack, well_formed)
 
     def __call__(self, text: str | Sequence) -> list:

@@ -158,12 +158,24 @@ def test_a_person_is_told_how_the_model_runs(
         assert told().endswith("weights rounded to fp16 and laid out for FBGEMM\n")
 
 
-def test_a_weight_too_large_for_fp16_is_refused() -> None:
-    weight_OI = torch.full((3, 2), 65504.0)
-    HalfLinear(weight_OI, torch.zeros(3))
-    weight_OI[1, 1] = -1e5
-    with pytest.raises(MinibertError, match="a weight of 100000, too large for fp16"):
-        HalfLinear(weight_OI, torch.zeros(3))
+def test_a_weight_too_large_for_fp16_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", frozenset)
+    monkeypatch.setattr(prepacked, "AVX2", True)
+    if choose(CPU, torch.float32, may_round=True).linear is not HalfLinear:
+        pytest.skip("torch was built without FBGEMM")
+    HalfLinear(torch.full((3, 2), -65504.0), torch.zeros(3))
+    net = BertForTokenClassification.from_pretrained(directory)
+    with torch.no_grad():
+        net.bert.plain_layers()[1].feed_forward.up.weight[3, 4] = -1e5
+    net.save_pretrained(directory)
+    with pytest.raises(MinibertError) as refused:
+        Tagger.from_pretrained(directory, device="cpu")
+    assert str(refused.value) == (
+        f"{directory}: a weight of 100000 is too large for fp16: use it with --dtype fp32"
+    )
+    Tagger.from_pretrained(directory, device="cpu", dtype="fp32")
 
 
 @given(st.integers(1, 100_000))
