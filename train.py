@@ -41,7 +41,13 @@ from minibert.data import Batch, Example
 from minibert.distributed import AloneError, Team, team_on
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
-from minibert.machine import choose_device, choose_dtype, keep_freed_memory, name_of
+from minibert.machine import (
+    ask_for_huge_pages,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    name_of,
+)
 from minibert.model import BertForTokenClassification
 from minibert.optim import LossScaler, bert_groups, choose_adamw, linear_schedule
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
@@ -57,6 +63,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
     """
     device = team.device
     if device.type == "cpu":
+        ask_for_huge_pages()
         keep_freed_memory()
     dtype, reason = choose_dtype(options.dtype, device)
     print(f"{device}, {name_of(dtype)} ({reason})\n{recipe}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,11 @@ def choose_dtype(name: str, device: torch.device) -> DtypeChoice:
     if what := native_bf16():
         return DtypeChoice(torch.bfloat16, f"the CPU multiplies bf16 natively ({what})")
     return DtypeChoice(torch.float32, "the CPU does not multiply bf16 natively")
+
+
+def ask_for_huge_pages() -> None:
+    """Let torch ask Linux for pages of 2 MB for its large tensors, from its first large one on."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> bool:

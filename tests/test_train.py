@@ -170,11 +170,40 @@ print(faults())
 
 def test_freed_memory_is_kept() -> None:
     """Where it is not, the pages of every block come from the system again."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    ran = subprocess.run(
-        [sys.executable, "-c", KEEP], env=clean, capture_output=True, text=True, check=True
-    )
-    before, kept, after = ran.stdout.split()
+    before, kept, after = in_a_plain_process(KEEP)
     if kept == "False":
         pytest.skip("not glibc")
     assert int(after) < int(before) / 5
+
+
+HUGE = """
+import torch
+from minibert.machine import ask_for_huge_pages
+
+def on_huge_pages():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+ask_for_huge_pages()
+before = on_huge_pages()
+kept = torch.ones(16 << 20)  # 64 MB
+print(on_huge_pages() - before)
+"""
+
+
+def test_large_tensors_lie_on_huge_pages() -> None:
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not offered.exists() or "[never]" in offered.read_text():
+        pytest.skip("the system has no huge pages to give")
+    (kilobytes,) = in_a_plain_process(HUGE)
+    assert int(kilobytes) > 48 << 10
+
+
+def in_a_plain_process(program: str) -> list[str]:
+    """What a program prints whose memory nobody has settled beforehand."""
+    settled = ("MALLOC_", "THP_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(settled)}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True
+    )
+    return ran.stdout.split()
