@@ -41,6 +41,7 @@ from minibert.data import Batch, Example
 from minibert.distributed import AloneError, Team, team_on
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
+from minibert.graphs import Graphs, Recorder, require
 from minibert.machine import (
     ask_for_huge_pages,
     choose_device,
@@ -102,6 +103,10 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
     print(f"attention {model.attn_implementation}, AdamW {reason}")
     average = WeightAverage(model.parameters(), recipe.average)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    graphs = None
+    if options.graphs:
+        require(device, model.attn_implementation, recipe.layout, recipe.accumulate, team.size)
+        graphs = Graphs(model, dtype, Recorder(device))
     scaler = LossScaler() if dtype == torch.float16 else None
     batches_per_epoch = math.ceil(len(examples) / recipe.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / recipe.accumulate)
@@ -121,6 +126,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
             type(optimizer).__name__,
             directory,
             {"training": train_set} | evaluated,
+            options.graphs,
         ),
         team,
     )
@@ -129,7 +135,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
     else:
         checkpoints.begin(total_steps)
     with autocast:
-        some_batch = collate(examples[:1], recipe.layout, tokenizer.pad_id, device)
+        some_batch = collate(examples[:1], recipe.layout, tokenizer.pad_id, device, False)
         shared_model = team.wrap(model, **some_batch.inputs)
     stop = Stop(team)
 
@@ -148,14 +154,17 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
                 # A process that is left without a sentence reads another's at weight 0.
                 mine = [examples[i] for i in team.share(batch)]
                 weight = sum(len(example.firsts) for example in mine) / words
-                read = collate(
-                    mine or [examples[batch[0]]], recipe.layout, tokenizer.pad_id, device
-                )
-                with team.reduction(shared_model, last=batch is group[-1]):
-                    with autocast:
-                        share = shared_model(**read.inputs).loss * weight
-                    # Times the team's size: the processes' gradients are averaged, not added.
-                    (share * (team.size * (scaler.scale if scaler else 1.0))).backward()
+                here = mine or [examples[batch[0]]]
+                read = collate(here, recipe.layout, tokenizer.pad_id, device, options.graphs)
+                # Times the team's size: the processes' gradients are averaged, not added.
+                scale = team.size * (scaler.scale if scaler else 1.0)
+                if graphs is not None:
+                    share = graphs.backward(read, scale)
+                else:
+                    with team.reduction(shared_model, last=batch is group[-1]):
+                        with autocast:
+                            share = shared_model(**read.inputs).loss * weight
+                        (share * scale).backward()
                 loss += share.detach()
             lr = recipe.lr * linear_schedule(run.step, total_steps, warmup_steps)
             norm = optimizer.clipped_step(lr, recipe.clip, scaler)
@@ -251,10 +260,12 @@ def lines_of(examples: list[Example], group: list[list[int]], part: Part) -> str
     return f"{part.source}, sentences at lines {', '.join(map(str, sorted(numbers)))}"
 
 
-def collate(examples: list[Example], layout: str, pad_id: int, device: torch.device) -> Batch:
-    """A batch in the layout of the recipe."""
+def collate(
+    examples: list[Example], layout: str, pad_id: int, device: torch.device, fill: bool
+) -> Batch:
+    """A batch in the layout of the recipe; ``fill`` a packed one up to one of a few sizes."""
     if layout == "packed":
-        return data.packed(examples, device)
+        return data.packed(examples, device, pad_id if fill else None)
     length = None if layout == "longest" else int(layout)
     return data.padded(examples, pad_id, length, device)
 

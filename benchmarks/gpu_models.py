@@ -28,6 +28,7 @@ from minibert import (
 )
 from minibert.data import Batch, Example
 from minibert.files import MinibertError
+from minibert.graphs import Graphs, Recorder
 from minibert.optim import Group, LossScaler, choose_adamw
 from minibert.tokenizer import Tokenizer
 
@@ -50,19 +51,19 @@ class Plan(NamedTuple):
     rounds: int
 
 
-class Updater(NamedTuple):
-    """What follows the loss of a training step."""
+class Trainer(NamedTuple):
+    """How a side trains."""
 
     adamw: str  # which, in words
-    update: Callable[[Tensor], None]  # backward pass, clipping, AdamW
+    step: Callable[[Batch], Tensor]  # forward and backward pass, clipping, AdamW; gives the loss
 
 
 class Side(NamedTuple):
-    """One of the two that are compared."""
+    """One of those that are compared."""
 
     model: nn.Module  # float32, on the device
     collate: Callable[[Sequence[Example]], Batch]
-    updater: Callable[[nn.Module, Plan], Updater]
+    trainer: Callable[[nn.Module, Plan], Trainer]
 
 
 class Ceiling(NamedTuple):
@@ -81,11 +82,11 @@ def models(plan: Plan, ceiling: Ceiling) -> dict[str, Any]:
     path = attention.choose(plan.attn, plan.device, plan.dtype, ours.config.head_size)
     name = f"minibert {plan.attn}, packed"
     sides = {
-        name: Side(ours.to(plan.device), lambda e: data.packed(e, plan.device), _our_update),
+        name: Side(ours.to(plan.device), lambda e: data.packed(e, plan.device), _our_trainer),
         "transformers sdpa, padded": Side(
             theirs.to(plan.device),
             lambda e: data.padded(e, tokenizer.pad_id, None, plan.device),
-            _their_update,
+            _their_trainer,
         ),
     }
     limit = ours.config.max_position_embeddings
@@ -104,6 +105,12 @@ def models(plan: Plan, ceiling: Ceiling) -> dict[str, Any]:
     )  # fmt: skip
     drawn = data.epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
     in_order = [[examples[i] for i in batch] for batch in drawn[: plan.steps]]
+    if plan.device.type == "cuda":
+        sides[f"{name}, CUDA graphs"] = Side(
+            copy.deepcopy(ours),
+            lambda e: data.packed(e, plan.device, tokenizer.pad_id),
+            _graphs_trainer,
+        )
     rows += training(sides, plan, ceiling, f"{plan.corpus} training", in_order)
     return {
         "weights": origin,
@@ -212,8 +219,8 @@ def training(
     for name, side in sides.items():
         model = side.model.train()
         batches = [side.collate(batch) for batch in examples]
-        adamw[name], update = side.updater(model, plan)
-        steps[name] = _steps(model, batches, update, plan, losses[name])
+        adamw[name], step = side.trainer(model, plan)
+        steps[name] = _steps(step, batches, losses[name])
     times = interleaved(steps, plan.rounds, plan.device, warm_up=1)
     fell = {name: (float(x[0]), float(torch.stack(x[-10:]).mean())) for name, x in losses.items()}
     for name, (first, last) in fell.items():
@@ -227,50 +234,68 @@ def training(
     return rows
 
 
-def _steps(
-    model: nn.Module,
-    batches: list[Batch],
-    update: Callable[[Tensor], None],
-    plan: Plan,
-    losses: list[Tensor],
-) -> Step:
-    half = plan.dtype != torch.float32
+def _steps(step: Callable[[Batch], Tensor], batches: list[Batch], losses: list[Tensor]) -> Step:
+    def steps() -> None:
+        losses.extend([step(batch) for batch in batches])
 
-    def step() -> None:
-        for batch in batches:
-            with torch.autocast(plan.device.type, plan.dtype, enabled=half):
-                loss = model(**batch.inputs).loss
-            update(loss)
-            losses.append(loss.detach())
-
-    return step
+    return steps
 
 
-def _our_update(model: nn.Module, plan: Plan) -> Updater:
+def _our_trainer(model: nn.Module, plan: Plan) -> Trainer:
+    adamw, update, scaler = _our_update(model, plan)
+
+    def step(batch: Batch) -> Tensor:
+        with torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
+            loss = model(**batch.inputs).loss
+        (loss * scaler.scale if scaler else loss).backward()
+        update()
+        return loss.detach()
+
+    return Trainer(adamw, step)
+
+
+def _graphs_trainer(model: nn.Module, plan: Plan) -> Trainer:
+    """Ours with both passes as a CUDA graph for each size of batch."""
+    assert isinstance(model, BertForTokenClassification)
+    adamw, update, scaler = _our_update(model, plan)
+    graphs = Graphs(model, plan.dtype, Recorder(plan.device))
+
+    def step(batch: Batch) -> Tensor:
+        loss = graphs.backward(batch, scaler.scale if scaler else 1.0).clone()
+        update()
+        return loss
+
+    return Trainer(adamw, step)
+
+
+def _our_update(model: nn.Module, plan: Plan) -> tuple[str, Callable[[], None], LossScaler | None]:
+    """Which AdamW in words, clipping and it, and the scaler of the loss if it needs one."""
     optimizer, reason = choose_adamw([Group(list(model.parameters()), DECAY)], "torch")
     scaler = LossScaler() if plan.dtype == torch.float16 else None
 
-    def update(loss: Tensor) -> None:
-        (loss * scaler.scale if scaler else loss).backward()
+    def update() -> None:
         optimizer.clipped_step(LR, CLIP, scaler)
         optimizer.zero_grad()
 
-    return Updater(reason, update)
+    return reason, update, scaler
 
 
-def _their_update(model: nn.Module, plan: Plan) -> Updater:
+def _their_trainer(model: nn.Module, plan: Plan) -> Trainer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
 
-    def update(loss: Tensor) -> None:
+    def step(batch: Batch) -> Tensor:
+        with torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
+            loss = model(**batch.inputs).loss
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        return loss.detach()
 
-    return Updater("torch.optim.AdamW(fused=True)", update)
+    return Trainer("torch.optim.AdamW(fused=True)", step)
 
 
 def _ours(sides: dict[str, Side]) -> BertForTokenClassification:

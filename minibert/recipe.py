@@ -146,6 +146,7 @@ def arguments_of(
     adamw: str,
     directory: Path,
     parts: dict[str, Part],
+    graphs: bool,
 ) -> dict[str, str]:
     """What decides the result of a run, by name: a run is resumed with the same only.
 
@@ -153,9 +154,12 @@ def arguments_of(
         recipe, seed, dtype, attention, adamw: as chosen.
         directory: of the model that is trained; its files count, not its name.
         parts: the sentences, by what they are for; they count, not their files' names.
+        graphs: batches are filled up, and so draw other dropout masks.
     """
     values = {name: str(value) for name, value in asdict(recipe).items()}
     values |= {"seed": str(seed), "dtype": dtype, "attention": attention, "AdamW": adamw}
+    if graphs:
+        values["CUDA graphs"] = "on"
     for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt"):
         if (directory / name).is_file():
             values[f"the model's {name}"] = sha256_of(directory / name)
@@ -179,6 +183,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of autocast")
     parser.add_argument(
         "--plain-adamw", action="store_true", help="one operation at a time: the reference's bits"
+    )
+    parser.add_argument(
+        "--graphs", action="store_true", help="CUDA graphs: one launch for the passes of a step"
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0)

@@ -28,7 +28,7 @@ FLOORS = (
     },
     {"attention", "residual", "data", "checkpoint"},
     {"model", "democorpus"},
-    {"prepacked"},
+    {"prepacked", "graphs"},
     {"tagger", "verify", "info", "tracing", "reference", "paritypage", "recipe"},
     {"evaluation", "parity", "inside", "tagfile"},
     {"tracepage", "heatmap"},

@@ -1,0 +1,258 @@
+"""A step's passes recorded and replayed: everything of it but the recording by CUDA.
+
+The recorder here repeats the passes and writes what they leave to where the first ones left it, as
+a CUDA graph does; attention is the project's kernels in the emulator. What CUDA records is tested
+on a GPU (``test_gpu_model.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import test_kernels_ops  # the kernels' CPU side is the emulator
+import torch
+from torch import Tensor
+
+import train
+from benchmarks import gpu_bench, gpu_models
+from minibert import (
+    BertConfig,
+    BertForTokenClassification,
+    attention,
+    data,
+    democorpus,
+    graphs,
+)
+from minibert.attention import Attended, sdpa
+from minibert.data import Batch, Example
+from minibert.files import MinibertError
+from minibert.graphs import Graphs, Passes, Recording, Size
+from minibert.layout import Layout, Packed
+from minibert.tokenizer import Tokenizer
+
+own_kernels = test_kernels_ops.own_kernels
+LABELS = ("O", "B-A", "I-A")
+# The first, second and fourth are of one size, with seven sentences, four, and three and a filler.
+BATCHES = ([2, 2, 2, 2, 8, 8, 8], [9, 9, 9, 5], [30, 70], [5, 17, 9], [3] * 10, [12, 20], [1])
+
+
+class Repeated:
+    """Records by remembering; counts how often."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, passes: Callable[[], Passes]) -> Recording:
+        self.count += 1
+        with torch.random.fork_rng():
+            left = passes()
+
+        def replay() -> None:
+            again = passes()
+            left.loss.copy_(again.loss)
+            for place, gradient in zip(left.gradients, again.gradients):
+                assert place is not None
+                assert gradient is not None
+                place.copy_(gradient)
+
+        return Recording(replay, left)
+
+
+def by_starts(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, _p: float) -> Attended:
+    """Attention in any dtype that, like fused attention, looks at ``starts`` alone."""
+    assert isinstance(layout, Packed)
+    contexts = []
+    for start, stop in zip(layout.starts.tolist(), layout.starts[1:].tolist()):
+        q, k, v = (x[start:stop].transpose(0, 1) for x in (q_NHK, k_NHK, v_NHK))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        contexts.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return Attended(torch.cat(contexts), None)
+
+
+def model_of(
+    attn: str, dropout_p: float, vocab_size: int = 50, labels: tuple[str, ...] = LABELS
+) -> BertForTokenClassification:
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=100,
+        labels=labels,
+        hidden_dropout_prob=dropout_p,
+        attention_probs_dropout_prob=dropout_p,
+    )
+    torch.manual_seed(0)
+    return BertForTokenClassification(config, attn).train()
+
+
+def batch_of(lengths: list[int], filler: int | None = 0) -> Batch:
+    draw = random.Random(str(lengths))
+    examples = [
+        Example(
+            tuple(draw.choices(range(1, 50), k=length)),
+            tuple(range(length)),
+            i,
+            0,
+            tuple(draw.choices(range(len(LABELS)), k=length)),
+        )
+        for i, length in enumerate(lengths)
+    ]
+    return data.packed(examples, filler=filler)
+
+
+def gradients_of(model: BertForTokenClassification) -> list[Tensor]:
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return [gradient.clone() for gradient in gradients if gradient is not None]
+
+
+@pytest.mark.usefixtures("own_kernels")
+def test_replayed_steps_are_the_bits_of_plain_ones() -> None:
+    """Real kernels under autocast, dropout on, sizes by turns, another scale each time."""
+    model = model_of("fused", dropout_p=0.1)
+    recorder = Repeated()
+    recorded = Graphs(model, torch.float16, recorder)
+    batches = [batch_of(lengths) for lengths in BATCHES]
+    for turn, index in enumerate([0, 1, 2, 3, 0, 2]):
+        scale = 2.0**turn
+        torch.manual_seed(turn)
+        loss = recorded.backward(batches[index], scale).clone()
+        state, gradients = torch.get_rng_state(), gradients_of(model)
+        model.zero_grad()
+        torch.manual_seed(turn)
+        with torch.autocast("cpu", torch.float16):
+            expected = model(**batches[index].inputs).loss
+        (expected * scale).backward()
+        assert torch.equal(loss, expected.detach())
+        assert all(map(torch.equal, gradients, gradients_of(model)))
+        assert torch.equal(state, torch.get_rng_state())
+        model.zero_grad()
+    assert recorder.count == 2
+
+
+def test_filling_up_changes_rounding_alone() -> None:
+    """Against the batch without a filler, and the gradients of no step are left in the next."""
+    model = model_of("sdpa", dropout_p=0.0).double()
+    layer = model.bert.plain_layers()[0]
+    recorded = Graphs(model, torch.float32, Repeated())
+    for lengths in (*BATCHES, *reversed(BATCHES)):
+        layer.attention.attend = by_starts
+        loss = recorded.backward(batch_of(lengths), 3.0).clone()
+        gradients = gradients_of(model)
+        model.zero_grad()
+        layer.attention.attend = sdpa
+        expected = model(**batch_of(lengths, filler=None).inputs).loss
+        (3.0 * expected).backward()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-12)
+        for mine, theirs in zip(gradients, gradients_of(model)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_stay_where_they_are() -> None:
+    """The update's table of addresses is made once for each size."""
+    model = model_of("sdpa", dropout_p=0.0)
+    model.bert.plain_layers()[0].attention.attend = by_starts
+    recorded = Graphs(model, torch.float32, Repeated())
+
+    def addresses(lengths: list[int]) -> list[int]:
+        model.zero_grad()
+        recorded.backward(batch_of(lengths))
+        return [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
+
+    first, other, again = addresses([16, 16]), addresses([30, 70]), addresses([12, 20])
+    assert first == again
+    assert not set(first) & set(other)
+
+
+def test_sizes_beyond_the_last_graph_go_without() -> None:
+    model = model_of("sdpa", dropout_p=0.0)
+    model.bert.plain_layers()[0].attention.attend = by_starts
+    recorder = Repeated()
+    recorded = Graphs(model, torch.float32, recorder, most=1)
+    recorded.backward(batch_of([16, 16]))
+    kept = gradients_of(model)
+    loss = recorded.backward(batch_of([30, 70]), 2.0)
+    gradients = gradients_of(model)
+    model.zero_grad()
+    expected = model(**batch_of([30, 70]).inputs).loss
+    (2.0 * expected).backward()
+    assert torch.equal(loss, expected.detach())
+    assert all(map(torch.equal, gradients, gradients_of(model)))
+    recorded.backward(batch_of([16, 16]))
+    assert all(map(torch.equal, gradients_of(model), kept))
+    assert recorder.count == 1
+
+
+def test_few_sizes() -> None:
+    """MIT Movie's batches of 32 have some 330 to 500 word-pieces and at most 50 in a sentence."""
+    draw = random.Random(0)
+    sizes = set()
+    for _ in range(1000):
+        lengths = [max(3, min(50, round(draw.gauss(12.5, 5)))) for _ in range(32)]
+        sizes.add(Size.of(batch_of(lengths).inputs["layout"], 512))
+    assert len(sizes) <= graphs.MOST
+    assert {(size.sentences, size.longest) for size in sizes} == {(64, 64)}
+    assert Size.of(Packed.from_lengths([90]), 100) == (90, 2, 100)
+    assert Size.of(Packed.from_lengths([512] * 4), 512) == (2048, 8, 512)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("cpu", "fused", "packed", 1, 1), "a CUDA device, not cpu"),
+        (("cuda", "sdpa", "packed", 1, 1), "fused attention, not sdpa"),
+        (("cuda", "fused", "50", 1, 1), "--layout packed, not 50"),
+        (("cuda", "fused", "packed", 2, 1), "--accumulate 1, not 2"),
+        (("cuda", "fused", "packed", 1, 2), "one process, not 2"),
+    ],
+)
+def test_what_is_missing_is_named(given: tuple, named: str) -> None:
+    device, *rest = given
+    with pytest.raises(MinibertError, match=f"^--graphs needs {named}: "):
+        graphs.require(torch.device(device), *rest)
+    graphs.require(torch.device("cuda"), "fused", "packed", 1, 1)
+
+
+def test_train_py_steps_by_graphs(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The loop with this file's recorder; a run is not resumed without what it began with."""
+    monkeypatch.setattr(train, "require", lambda *_: None)
+    recorder = Repeated()
+    monkeypatch.setattr(train, "Recorder", lambda _device: recorder)
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "sdpa", by_starts)
+    sentences, _ = democorpus.generate()
+    blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences[:64]]
+    corpus, output = tmp_path / "corpus.bio", tmp_path / "run"
+    corpus.write_text("\n".join(blocks))
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    tokenizer.save_pretrained(tmp_path / "small")
+    labels = data.labels_of(sentences[:64])
+    small = model_of("sdpa", 0.1, tokenizer.vocab_size, labels)
+    small.save_pretrained(tmp_path / "small")
+    command = ["--model", str(tmp_path / "small"), "--train", str(corpus), "--output", str(output)]
+    command += ["--device", "cpu", "--dtype", "fp32", "--batch-size", "8", "--epochs", "4"]
+    assert train.main([*command, "--graphs"]) == 0
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 32
+    assert sum(losses[-8:]) < sum(losses[:8])
+    assert 1 < recorder.count < len(losses)
+    assert train.main([*command, "--resume"]) == 2
+    assert "CUDA graphs was on and is not given" in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_trains_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_models, "Recorder", lambda _device: Repeated())
+    model = model_of("sdpa", dropout_p=0.1)
+    model.bert.plain_layers()[0].attention.attend = by_starts
+    trainer = gpu_models._graphs_trainer(model, gpu_bench.tiny())
+    assert "AdamW" in trainer.adamw or "fused CPU kernel" in trainer.adamw
+    losses = [float(trainer.step(batch_of([16, 16]))) for _ in range(40)]
+    assert losses[-1] < losses[0]
