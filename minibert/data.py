@@ -280,8 +280,12 @@ def _batch(
 ) -> Batch:
     if not any(example.labels for example in examples):
         del inputs["labels"]
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return Batch(tuple(examples), moved, torch.tensor(firsts, device=device))
+    # Not waited for: CUDA puts what lies in ordinary memory aside before it returns.
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+    return Batch(tuple(examples), moved, torch.tensor(firsts).to(device, non_blocking=True))
 
 
 def epoch_batches(

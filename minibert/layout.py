@@ -156,7 +156,8 @@ class Packed:
         torch.cumsum(length_B, 0, out=starts[1:])
         first_N = torch.repeat_interleave(starts[:-1].long(), length_B.long())
         position_N = torch.arange(int(starts[-1])) - first_N
-        return cls(tuple(lengths), starts.to(device), position_N.to(device))
+        starts, position_N = (x.to(device, non_blocking=True) for x in (starts, position_N))
+        return cls(tuple(lengths), starts, position_N)
 
     @property
     def max_length(self) -> int:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from minibert.files import MinibertError
 from minibert.machine import choose_device
-from minibert.tagger import Entity, Tagger, pools
+from minibert.tagger import Entity, Tagger, pools, read_ahead
 
 PATIENCE = timedelta(hours=1)  # for a pool that another process tags
 Line = tuple[int, bytes]  # its number, from 1, and what it holds, the line's end included
@@ -48,15 +49,26 @@ def tag_lines(
         MinibertError: a line that is not UTF-8, or another process that has ended.
     """
     rank, size = rank_and_size()
-    for number, pool in enumerate(pools(lines, lambda line: len(line[1]))):
-        owner = number % size
-        if owner == rank:
-            texts = [decoded(line, source) for line in pool]
-            found = tagger.tag_texts(texts)
-            made = "".join(f"{show(text, entities)}\n" for text, entities in zip(texts, found))
-            write(made.encode()) if rank == 0 else _send(made.encode())
-        elif rank == 0:
-            write(_receive(owner))
+
+    def asked() -> Iterator[Callable[[], bytes]]:
+        for number, pool in enumerate(pools(lines, lambda line: len(line[1]))):
+            owner = number % size
+            if owner == rank:
+                texts = [decoded(line, source) for line in pool]
+                yield partial(_shown, texts, tagger.ask(texts), show)
+            elif rank == 0:
+                yield partial(_receive, owner)
+
+    for raw in read_ahead(asked(), tagger.depth):
+        write(raw) if rank == 0 else _send(raw)
+
+
+def _shown(
+    texts: list[str],
+    read: Callable[[], list[list[Entity]]],
+    show: Callable[[str, list[Entity]], str],
+) -> bytes:
+    return "".join(f"{show(text, found)}\n" for text, found in zip(texts, read())).encode()
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -45,6 +46,29 @@ class Label(NamedTuple):
 
     name: str
     score: float  # probability
+
+
+class Answer(NamedTuple):
+    """What the model says of a batch; of a GPU it may still be under way."""
+
+    logp_WL: Tensor  # of every word, over the labels; on the CPU
+    dtype: torch.dtype  # in which it was computed
+    done: torch.cuda.Event | None = None  # behind it
+
+    def read(self) -> Tensor:
+        """Wait for it.
+
+        Raises:
+            MinibertError: it is not a number.
+        """
+        if self.done is not None:
+            self.done.synchronize()
+        if self.logp_WL.isnan().any():
+            raise MinibertError(
+                "the model answers NaN: its weights are damaged, or too large for "
+                f"{self.dtype}: fetch or train it again, or try --dtype fp32"
+            )
+        return self.logp_WL
 
 
 class Tagger:
@@ -183,32 +207,63 @@ class Tagger:
 
     def label(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Label]]:
         """One label for every word of every sentence, in order, as a stream."""
-        for pool in pools(sentences, lambda words: sum(len(word) + 1 for word in words)):
-            yield from self._label_pool(pool)
+        asked = map(self._ask, pools(sentences, lambda words: sum(len(word) + 1 for word in words)))
+        for pool in read_ahead(asked, self.depth):
+            yield from pool
 
     def _tag(self, places: Iterable[Words]) -> Iterator[list[Entity]]:
-        for pool in pools(places, lambda words: len(words.text)):
-            for words, labels in zip(pool, self._label_pool([w.words for w in pool])):
-                yield entities(words, labels)
+        asked = map(self._ask_entities, pools(places, lambda words: len(words.text)))
+        for pool in read_ahead(asked, self.depth):
+            yield from pool
+
+    def ask(self, texts: Iterable[str]) -> Callable[[], list[list[Entity]]]:
+        """Start on texts that make one pool; what it returns gives the entities of each.
+
+        On a GPU it returns while they are computed.
+        """
+        return self._ask_entities([split(text) for text in texts])
+
+    @property
+    def depth(self) -> int:
+        """Pools that are started before one is read.
+
+        On a GPU the next one is cut into word-pieces, and this one's labels are chosen, while the
+        model computes. A CPU has no hands free for that: the model uses all of its cores.
+        """
+        return 1 if self.model.classifier.weight.is_cuda else 0
+
+    def _ask_entities(self, pool: Sequence[Words]) -> Callable[[], list[list[Entity]]]:
+        read = self._ask([words.words for words in pool])
+        return lambda: [entities(words, labels) for words, labels in zip(pool, read())]
 
     @torch.inference_mode()
-    def _label_pool(self, sentences: Sequence[Sequence[str]]) -> list[list[Label]]:
+    def _ask(self, sentences: Sequence[Sequence[str]]) -> Callable[[], list[list[Label]]]:
+        """Start the model on a pool; what it returns waits for it and chooses the labels."""
         config = self.model.config
         examples = examples_of(sentences, self.tokenizer, config.max_position_embeddings)
-        logp = [torch.empty(len(words), config.num_labels) for words in sentences]
-        for batch in self._batches(examples):
-            logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
-            logp_WL = logits[batch.first_W].float().log_softmax(-1).cpu()
-            if logp_WL.isnan().any():
-                raise MinibertError(
-                    "the model answers NaN: its weights are damaged, or too large for "
-                    f"{logits.dtype}: fetch or train it again, or try --dtype fp32"
-                )
-            parts = logp_WL.split([len(example.firsts) for example in batch.examples])
-            for example, part in zip(batch.examples, parts):
-                stop = example.first_word + len(example.firsts)
-                logp[example.sentence][example.first_word : stop] = part
-        return [self._choose(logp_WL) for logp_WL in logp]
+        answers = [(batch, self._answer(batch)) for batch in self._batches(examples)]
+
+        def read() -> list[list[Label]]:
+            logp = [torch.empty(len(words), config.num_labels) for words in sentences]
+            for batch, answer in answers:
+                parts = answer.read().split([len(example.firsts) for example in batch.examples])
+                for example, part in zip(batch.examples, parts):
+                    stop = example.first_word + len(example.firsts)
+                    logp[example.sentence][example.first_word : stop] = part
+            return [self._choose(logp_WL) for logp_WL in logp]
+
+        return read
+
+    def _answer(self, batch: Batch) -> Answer:
+        logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
+        logp_WL = logits[batch.first_W].float().log_softmax(-1)
+        if not logp_WL.is_cuda:
+            return Answer(logp_WL, logits.dtype)
+        # Copied behind the batch itself, and not behind those that are started before it is read.
+        logp_WL = logp_WL.to("cpu", non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Answer(logp_WL, logits.dtype, done)
 
     def _choose(self, logp_WL: Tensor) -> list[Label]:
         if not len(logp_WL):
@@ -256,6 +311,17 @@ def pools(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T
             pool, held = [], 0
     if pool:
         yield pool
+
+
+def read_ahead(asked: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
+    """What has been asked for, in order, while ``depth`` more are under way."""
+    waiting: deque[Callable[[], T]] = deque()
+    for read in asked:
+        waiting.append(read)
+        if len(waiting) > depth:
+            yield waiting.popleft()()
+    for read in waiting:
+        yield read()
 
 
 class Words(NamedTuple):

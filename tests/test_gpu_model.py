@@ -181,6 +181,27 @@ def test_a_replayed_step_is_a_plain_one() -> None:
     assert len(recorded.recordings) == 2
 
 
+def test_pools_started_ahead_give_the_same(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten pools; each one's labels are chosen while the GPU is at the next."""
+    from minibert import BertForTokenClassification, Tagger, Tokenizer, data
+
+    sentences, _ = democorpus.generate()
+    labels = data.labels_of(sentences)
+    model = BertForTokenClassification.from_pretrained(minilm, labels=labels, seed=0)
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    tagger = Tagger(model.half().cuda(), Tokenizer.from_pretrained(minilm))
+    monkeypatch.setattr("minibert.tagger.POOL", 100)
+    texts = [" ".join(s.words) for s in sentences[:1000]]
+    assert tagger.depth == 1
+    ahead = list(tagger.tag_texts(texts))
+    monkeypatch.setattr(Tagger, "depth", 0)
+    assert ahead == list(tagger.tag_texts(texts))
+    assert sum(map(len, ahead)) > 100
+
+
 @pytest.mark.parametrize("graphs", [(), ("--graphs",)])
 def test_train_py_in_half_precision(graphs: tuple, minilm: Path, tmp_path: Path) -> None:
     """The command as a user types it: fused attention, a loss scaler, AdamW in one pass."""

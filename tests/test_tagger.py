@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from minibert.decoding import best_labels, may_follow
 from minibert.democorpus import generate
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError
-from minibert.tagger import Entity, Label, Words, entities, join, split
+from minibert.tagger import Entity, Label, Words, entities, join, read_ahead, split
 
 TRAIN, TEST = generate()
 
@@ -345,6 +346,33 @@ def test_decoding_finds_the_best_well_formed_labels(words: int, seed: int) -> No
     assert all(may_follow(b, a) for a, b in zip(["O", *tags], tags))
     score = sum(logp_WL[w, i].item() for w, i in enumerate(ids))
     assert score == pytest.approx(every_path_score(logp_WL, labels), abs=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_answers_are_read_in_order_and_not_before_they_are_due(depth: int) -> None:
+    happened: list[str] = []
+
+    def ask(number: int) -> Callable[[], int]:
+        happened.append(f"ask {number}")
+        return lambda: happened.append(f"read {number}") or number
+
+    assert list(read_ahead(map(ask, range(5)), depth)) == [0, 1, 2, 3, 4]
+    for number in range(5):
+        asked_before = happened[: happened.index(f"read {number}")]
+        assert sum(x.startswith("ask") for x in asked_before) == min(5, number + 1 + depth)
+
+
+def test_pools_started_ahead_give_the_same(tagger: Tagger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the next pool is under way while one is read."""
+    texts = [" ".join(s.words) for s in TEST[:40]]
+    monkeypatch.setattr("minibert.tagger.POOL", 7)
+    assert tagger.depth == 0
+    expected = list(tagger.tag_texts(texts))
+    labels = list(tagger.label([text.split() for text in texts]))
+    monkeypatch.setattr(Tagger, "depth", 1)
+    assert list(tagger.tag_texts(texts)) == expected
+    assert list(tagger.label([text.split() for text in texts])) == labels
+    assert list(tagger.tag_texts([])) == []
 
 
 def test_each_word_by_itself_is_argmax(directory: Path) -> None:
