@@ -262,7 +262,7 @@ class Tagger:
         # Copied behind the batch itself, and not behind those that are started before it is read.
         logp_WL = logp_WL.to("cpu", non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(logits.device))
         return Answer(logp_WL, logits.dtype, done)
 
     def _choose(self, logp_WL: Tensor) -> list[Label]:
