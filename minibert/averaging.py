@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -34,8 +35,9 @@ class WeightAverage:
 
     def update(self, step: int) -> None:
         """Take the weights after a step in; ``step`` counts from 1."""
-        for average, weight in zip(self.averages, self.weights):
-            average.lerp_(weight, (self.power + 1) / (self.power + step))
+        if self.averages:  # on a GPU by one kernel for many of them
+            share = (self.power + 1) / (self.power + step)
+            torch._foreach_lerp_(self.averages, self.weights, share)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

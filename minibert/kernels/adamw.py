@@ -98,7 +98,9 @@ class Sweep:
         gradients = [None if x is None else x.contiguous() for x in gradients]
         present = [gradient for gradient in gradients if gradient is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
-        factor = torch.ones_like(norm) if grad_scale is None else 1 / grad_scale.to(norm)
+        factor = torch.ones_like(norm)
+        if grad_scale is not None:
+            factor = factor / grad_scale.to(norm, non_blocking=True)
         norm = norm * factor
         if max_norm is not None:
             factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch clips
@@ -131,7 +133,8 @@ class Sweep:
         addresses = [tuple(0 if x is None else x.data_ptr() for x in row) for row in rows]
         if addresses != self.addresses:
             self.addresses = addresses
-            self.table = torch.tensor(addresses, dtype=torch.int64).to(self.device)
+            table = torch.tensor(addresses, dtype=torch.int64)
+            self.table = table.to(self.device, non_blocking=True)  # behind the backward pass
         present = [gradient is not None for gradient in gradients]
         if present != self.present:
             self.present = present
