@@ -60,6 +60,11 @@ def peak(row: dict[str, Any]) -> float:
     return row.get("tokens", 1) / min(row["seconds"])
 
 
+def shown(name: str, row: dict[str, Any]) -> float:
+    """What a table or a plot says of a subject: a ceiling's fastest turn, of others the median."""
+    return peak(row) if name.startswith("ceiling") else rate(row)
+
+
 def share_of_ceiling(rows: Rows, subject: str) -> str:
     """The fastest turn of a subject over that of its ceiling; "" where it has none."""
     top = ceiling_of(rows, subject)
@@ -99,12 +104,10 @@ def part_table(part: str, rows: Rows) -> str:
     head = f"| {part} | {unit} | minibert is | share of the ceiling, by fastest turns |"
     lines = [head, "|---|---|---|---|"]
     for name, row in rows.items():
-        is_ceiling = name.startswith("ceiling")
-        typical = peak(row) if is_ceiling else rate(row)
-        shown = f"{typical:.0f}" if tokens else f"{1000 / typical:.0f}"
-        compared = ours and not is_ceiling
+        speed = f"{shown(name, row):.0f}" if tokens else f"{1000 / shown(name, row):.0f}"
+        compared = ours and not name.startswith("ceiling")
         faster = ratio(rate(rows[ours]) / rate(row)) if compared else ""
-        lines.append(f"| {name} | {shown} | {faster} | {share_of_ceiling(rows, name)} |")
+        lines.append(f"| {name} | {speed} | {faster} | {share_of_ceiling(rows, name)} |")
     return "\n".join(lines)
 
 
@@ -218,7 +221,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 9))
     bars = list(parts.get("inference", {}).items())[::-1]
     colours = ["C0" if "minibert" in name else "0.6" for name, _ in bars]
-    axes[0, 0].barh([name for name, _ in bars], [rate(row) for _, row in bars], color=colours)
+    axes[0, 0].barh([name for name, _ in bars], [shown(*bar) for bar in bars], color=colours)
     axes[0, 0].set_title("inference, real tokens/s")
     axes[0, 0].tick_params(labelsize=7)
     for axis, kind, label in (
