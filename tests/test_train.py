@@ -1,4 +1,4 @@
-"""train.py as a user runs it: real weights, a small file, real processes."""
+"""train.py as a user runs it: real processes, a small file, and real weights for the main run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from minibert import Tagger, democorpus
+from minibert import BertConfig, BertForTokenClassification, Tagger, Tokenizer, democorpus
+from minibert.data import labels_of
 from minibert.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,24 @@ def files(tmp_path_factory) -> Path:
     for name, sentences in (("train.bio", train[:48]), ("test.bio", test[:16])):
         blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences]
         (folder / name).write_text("\n".join(blocks))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(minilm: Path, tmp_path_factory) -> Path:
+    """A model of one layer with MiniLM's word-pieces, where it does not matter which."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = Tokenizer.from_pretrained(minilm)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        labels=labels_of(democorpus.generate()[1][:16]),
+    )
+    BertForTokenClassification(config).save_pretrained(folder)
     return folder
 
 
@@ -80,10 +99,10 @@ def test_a_run_leaves_what_it_promises_and_repeats_to_the_bit(
     ],
     ids=["paper", "padded and accumulated", "fp16 with a scaler"],
 )
-def test_every_kind_of_run(files: Path, minilm: Path, tmp_path: Path, arguments: tuple) -> None:
+def test_every_kind_of_run(files: Path, small: Path, tmp_path: Path, arguments: tuple) -> None:
     ran = train(
         tmp_path / "out",
-        *("--model", minilm, "--train", files / "test.bio", "--test", files / "test.bio"),
+        *("--model", small, "--train", files / "test.bio", "--test", files / "test.bio"),
         *("--epochs", "1", "--batch-size", "4", "--device", "cpu", *arguments),
     )
     assert ran.returncode == 0, ran.stderr
@@ -94,13 +113,13 @@ def test_every_kind_of_run(files: Path, minilm: Path, tmp_path: Path, arguments:
 
 
 def test_averaging_changes_the_saved_model_and_not_the_training(
-    files: Path, minilm: Path, tmp_path: Path
+    files: Path, small: Path, tmp_path: Path
 ) -> None:
     losses, saved = [], []
     for power in ("1", "inf"):
         ran = train(
             tmp_path / power,
-            *("--model", minilm, "--train", files / "test.bio", "--average", power),
+            *("--model", small, "--train", files / "test.bio", "--average", power),
             *("--epochs", "2", "--batch-size", "8", "--device", "cpu"),
         )
         assert ran.returncode == 0, ran.stderr
@@ -111,10 +130,10 @@ def test_averaging_changes_the_saved_model_and_not_the_training(
     assert saved[0] != saved[1]
 
 
-def test_a_run_with_nothing_to_evaluate_on(files: Path, minilm: Path, tmp_path: Path) -> None:
+def test_a_run_with_nothing_to_evaluate_on(files: Path, small: Path, tmp_path: Path) -> None:
     ran = train(
         tmp_path / "out",
-        *("--model", minilm, "--train", files / "test.bio"),
+        *("--model", small, "--train", files / "test.bio"),
         *("--epochs", "1", "--batch-size", "8", "--device", "cpu"),
     )
     assert ran.returncode == 0, ran.stderr
