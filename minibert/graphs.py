@@ -1,8 +1,8 @@
-"""The two passes of a training step as a CUDA graph: one launch instead of a thousand.
+"""The two passes of a training step as a CUDA graph: one launch instead of many hundreds.
 
-With 400 word-pieces a step is some thousand kernels of a few microseconds each, and Python takes
-longer to start them than a GPU to run them. A CUDA graph is a recording of what was started, and
-starts all of it at once; but with the shapes and the addresses of then. So:
+With few word-pieces in a batch a GPU waits for Python to start the next small kernel. A CUDA graph
+is a recording of what was started, and starts all of it at once; but with the shapes and the
+addresses of then. So:
 
 - There is one graph for each ``Size``, and batches are filled up to a few sizes.
 - A batch is copied to where the recorded kernels read. What changes from step to step stands there

@@ -181,9 +181,7 @@ def test_a_replayed_step_is_a_plain_one() -> None:
     assert len(recorded.recordings) == 2
 
 
-def test_pools_started_ahead_give_the_same(
-    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pools_started_ahead_give_the_same(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten pools; each one's labels are chosen while the GPU is at the next."""
     from minibert import BertForTokenClassification, Tagger, Tokenizer, data
 

@@ -16,6 +16,7 @@ import pytest
 import test_kernels_ops  # the kernels' CPU side is the emulator
 import torch
 from torch import Tensor
+from training_runs import tiny_model, write_bio
 
 import train
 from benchmarks import gpu_bench, gpu_models
@@ -32,7 +33,6 @@ from minibert.data import Batch, Example
 from minibert.files import MinibertError
 from minibert.graphs import Graphs, Passes, Recording, Size
 from minibert.layout import Layout, Packed
-from minibert.tokenizer import Tokenizer
 
 own_kernels = test_kernels_ops.own_kernels
 LABELS = ("O", "B-A", "I-A")
@@ -73,17 +73,15 @@ def by_starts(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, _p: f
     return Attended(torch.cat(contexts), None)
 
 
-def model_of(
-    attn: str, dropout_p: float, vocab_size: int = 50, labels: tuple[str, ...] = LABELS
-) -> BertForTokenClassification:
+def model_of(attn: str, dropout_p: float) -> BertForTokenClassification:
     config = BertConfig(
-        vocab_size=vocab_size,
+        vocab_size=50,
         hidden_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=100,
-        labels=labels,
+        labels=LABELS,
         hidden_dropout_prob=dropout_p,
         attention_probs_dropout_prob=dropout_p,
     )
@@ -220,23 +218,17 @@ def test_what_is_missing_is_named(given: tuple, named: str) -> None:
 
 
 def test_train_py_steps_by_graphs(
-    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The loop with this file's recorder; a run is not resumed without what it began with."""
     monkeypatch.setattr(train, "require", lambda *_: None)
     recorder = Repeated()
     monkeypatch.setattr(train, "Recorder", lambda _device: recorder)
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "sdpa", by_starts)
-    sentences, _ = democorpus.generate()
-    blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences[:64]]
-    corpus, output = tmp_path / "corpus.bio", tmp_path / "run"
-    corpus.write_text("\n".join(blocks))
-    tokenizer = Tokenizer.from_pretrained(minilm)
-    tokenizer.save_pretrained(tmp_path / "small")
-    labels = data.labels_of(sentences[:64])
-    small = model_of("sdpa", 0.1, tokenizer.vocab_size, labels)
-    small.save_pretrained(tmp_path / "small")
-    command = ["--model", str(tmp_path / "small"), "--train", str(corpus), "--output", str(output)]
+    sentences = democorpus.generate()[0][:64]
+    corpus, output = write_bio(tmp_path / "corpus.bio", sentences), tmp_path / "run"
+    small = tiny_model(tmp_path / "small", sentences)
+    command = ["--model", str(small), "--train", str(corpus), "--output", str(output)]
     command += ["--device", "cpu", "--dtype", "fp32", "--batch-size", "8", "--epochs", "4"]
     assert train.main([*command, "--graphs"]) == 0
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_runs import tiny_model
 
-from minibert import BertConfig, BertForTokenClassification, Tagger, Tokenizer, democorpus
-from minibert.data import labels_of
+from minibert import Tagger, democorpus
 from minibert.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,21 +29,9 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def small(minilm: Path, tmp_path_factory) -> Path:
-    """A model of one layer with MiniLM's word-pieces, where it does not matter which."""
-    folder = tmp_path_factory.mktemp("small")
-    tokenizer = Tokenizer.from_pretrained(minilm)
-    tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        labels=labels_of(democorpus.generate()[1][:16]),
-    )
-    BertForTokenClassification(config).save_pretrained(folder)
-    return folder
+def small(tmp_path_factory) -> Path:
+    """A model where it does not matter which."""
+    return tiny_model(tmp_path_factory.mktemp("small"), democorpus.generate()[1][:16])
 
 
 def train(output: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
