@@ -38,7 +38,6 @@ from minibert.averaging import WeightAverage
 from minibert.checkpoint import Checkpoints, Stop, Training, seed_apart
 from minibert.curve import text_curve, write_png
 from minibert.data import Batch, Example
-from minibert.distributed import AloneError, Team, team_on
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
 from minibert.graphs import Graphs, Recorder, require
@@ -51,6 +50,7 @@ from minibert.machine import (
 )
 from minibert.model import BertForTokenClassification
 from minibert.optim import LossScaler, bert_groups, choose_adamw, linear_schedule
+from minibert.processes import AloneError, Team, team_on
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
 from minibert.tagger import Tagger
 from minibert.tokenizer import Tokenizer

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from minibert import weights
 from minibert.averaging import WeightAverage
-from minibert.distributed import Team
 from minibert.files import TEMPORARY, MinibertError, sha256_of, sweep, sync
 from minibert.optim import AdamW, LossScaler
+from minibert.processes import Team
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT = 1

@@ -19,8 +19,8 @@ from training_runs import Run, assert_same_tree, demo_files, tree, write_bio
 
 from minibert import democorpus
 from minibert.checkpoint import Stop, list_of, read
-from minibert.distributed import Team
 from minibert.files import TEMPORARY
+from minibert.processes import Team
 
 MODES = {
     "padded": ("--layout", "longest", "--dtype", "fp32", "--seed", "1"),
