@@ -48,7 +48,7 @@ from minibert.machine import (
     keep_freed_memory,
     name_of,
 )
-from minibert.model import BertForTokenClassification
+from minibert.model.encoder import BertForTokenClassification
 from minibert.optim import LossScaler, bert_groups, choose_adamw, linear_schedule
 from minibert.processes import AloneError, Team, team_on
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse

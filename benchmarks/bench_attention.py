@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
-from minibert import attention, layout
 from minibert.machine import DTYPES
+from minibert.model import attention, layout
 from minibert.tagger import Tagger
 
 INFERENCE, TURNS, WARM_UP = True, 5, 1

@@ -17,18 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Step, interleaved
-from minibert import (
-    BertConfig,
-    BertForTokenClassification,
-    attention,
-    data,
-    democorpus,
-    hub,
-    weights,
-)
+from minibert import BertConfig, BertForTokenClassification, data, democorpus, hub, weights
 from minibert.data import Batch, Example
 from minibert.files import MinibertError
 from minibert.graphs import Graphs, Recorder
+from minibert.model import attention
 from minibert.optim import Group, LossScaler, choose_adamw
 from minibert.tokenizer import Tokenizer
 

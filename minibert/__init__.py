@@ -9,11 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "BertConfig": "config",
-    "BertForMaskedLM": "model",
-    "BertForTokenClassification": "model",
+    "BertConfig": "model.config",
+    "BertForMaskedLM": "model.encoder",
+    "BertForTokenClassification": "model.encoder",
     "MinibertError": "files",
-    "Packed": "layout",
+    "Packed": "model.layout",
     "Tagger": "tagger",
     "Tokenizer": "tokenizer",
     # The module is not called trace: once imported it would stand here in place of the function.

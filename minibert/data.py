@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minibert.files import MinibertError, read_text
-from minibert.layout import Packed
+from minibert.model.layout import Packed
 from minibert.tokenizer import Tokenizer, windows
 
 IGNORE = -100  # the label of a piece that does not count in the loss

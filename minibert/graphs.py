@@ -24,8 +24,8 @@ from torch import Tensor
 from minibert.data import Batch
 from minibert.files import MinibertError
 from minibert.kernels.attention import SHORT
-from minibert.layout import Packed
-from minibert.model import BertForTokenClassification
+from minibert.model.encoder import BertForTokenClassification
+from minibert.model.layout import Packed
 
 MOST = 12  # graphs; each keeps gradients of its own, as large as the model
 

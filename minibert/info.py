@@ -8,10 +8,11 @@ from importlib.metadata import version
 
 import torch
 
-from minibert import __version__, attention, kernels, prepacked
+from minibert import __version__, kernels, prepacked
 from minibert.files import home
 from minibert.machine import DTYPES, DtypeChoice, choose_device, choose_dtype, name_of
-from minibert.model import BertForTokenClassification
+from minibert.model import attention
+from minibert.model.encoder import BertForTokenClassification
 from minibert.prepacked import PrepackedLayer
 
 HEAD_SIZE, HIDDEN_SIZE = 64, 768  # K and D of BERT-base

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from minibert import hub, reference, weights
 from minibert.data import IGNORE
 from minibert.files import MinibertError
-from minibert.layout import Packed
 from minibert.machine import DTYPES, choose_device
-from minibert.model import BertForMaskedLM, BertForTokenClassification, BertWithHead
+from minibert.model.encoder import BertForMaskedLM, BertForTokenClassification, BertWithHead
+from minibert.model.layout import Packed
 from minibert.optim import AdamW, Group
 from minibert.tokenizer import Tokenizer
 from minibert.tracing import MAPS, names, trace

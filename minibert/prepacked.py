@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.attention import AttentionFn, sdpa
-from minibert.layout import Layout
-from minibert.model import BertWithHead, EncoderLayer
+from minibert.model.attention import AttentionFn, sdpa
+from minibert.model.encoder import BertWithHead, EncoderLayer
+from minibert.model.layout import Layout
 
 # What torch.compile and torch.ao.quantization make of a linear layer on a CPU. The operations are
 # not documented, so ``choose`` looks for them.

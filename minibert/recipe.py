@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from minibert import data, democorpus, hub
-from minibert.attention import IMPLEMENTATIONS
 from minibert.data import Sentence
 from minibert.files import MinibertError, sha256_of
 from minibert.machine import DTYPES
+from minibert.model.attention import IMPLEMENTATIONS
 from minibert.optim import SEMANTICS
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from minibert import prepacked
 from minibert.data import TAG, Batch, Example, examples_of, packed, padded
-from minibert.decoding import best_labels
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
 from minibert.metrics import lenient_entities
-from minibert.model import BertForTokenClassification
+from minibert.model.encoder import BertForTokenClassification
+from minibert.model.labels import best_labels
 from minibert.tokenizer import Tokenizer
 
 T = TypeVar("T")

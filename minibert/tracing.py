@@ -44,10 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import attention, residual
-from minibert.attention import Attended, AttentionFn
-from minibert.layout import Layout, Padded
-from minibert.model import BertWithHead
+from minibert.model import attention, residual
+from minibert.model.attention import Attended, AttentionFn
+from minibert.model.encoder import BertWithHead
+from minibert.model.layout import Layout, Padded
 
 Write = Callable[[Tensor], Tensor]
 

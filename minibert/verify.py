@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minibert import hub
 from minibert.files import MinibertError, sha256_of
-from minibert.model import BertForMaskedLM
+from minibert.model.encoder import BertForMaskedLM
 from minibert.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # the cards give scores from another machine and version

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibert import BertConfig, Tagger, Tokenizer, weights
-from minibert.config import MOST
 from minibert.files import LINE, MinibertError, parse_json
+from minibert.model.config import MOST
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def ours_like(theirs: nn.Module, attn: str) -> nn.Module:
 
 def batch() -> tuple[dict[str, Tensor], dict[str, object], Tensor]:
     """The same sentences padded for the reference and packed for ours; which padded are real."""
-    from minibert.layout import Packed
+    from minibert.model.layout import Packed
 
     torch.manual_seed(1)
     ids = torch.randint(1000, (len(LENGTHS), max(LENGTHS))).cuda()

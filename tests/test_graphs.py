@@ -20,19 +20,13 @@ from training_runs import tiny_model, write_bio
 
 import train
 from benchmarks import gpu_bench, gpu_models
-from minibert import (
-    BertConfig,
-    BertForTokenClassification,
-    attention,
-    data,
-    democorpus,
-    graphs,
-)
-from minibert.attention import Attended, sdpa
+from minibert import BertConfig, BertForTokenClassification, data, democorpus, graphs
 from minibert.data import Batch, Example
 from minibert.files import MinibertError
 from minibert.graphs import Graphs, Passes, Recording, Size
-from minibert.layout import Layout, Packed
+from minibert.model import attention
+from minibert.model.attention import Attended, sdpa
+from minibert.model.layout import Layout, Packed
 
 own_kernels = test_kernels_ops.own_kernels
 LABELS = ("O", "B-A", "I-A")

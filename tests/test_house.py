@@ -11,7 +11,7 @@ PACKAGE = ROOT / "minibert"
 
 # From the ground up: a room imports from itself and from rooms to its left.
 ORDER = (
-    "files machine processes model speed pretrained text baselines tagging training study info cli"
+    "files machine processes model text baselines tagging training study info cli"
 )
 FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
 

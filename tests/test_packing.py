@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import BertConfig, BertForTokenClassification, Packed
-from minibert.attention import choose
 from minibert.kernels import FusedUnavailableError
-from minibert.layout import Padded
+from minibert.model.attention import choose
+from minibert.model.layout import Padded
 from minibert.weights import names_of
 
 CONFIG = BertConfig(

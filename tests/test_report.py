@@ -18,18 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minibert
-from minibert import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForTokenClassification,
-    attention,
-    kernels,
-    numerics,
-)
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, kernels, numerics
 from minibert import parity as parity_module
 from minibert.cli import main
 from minibert.files import MinibertError
-from minibert.model import Embeddings
+from minibert.model import attention
+from minibert.model.encoder import Embeddings
 from minibert.parity import TEXTS as TEXTS_OF_ITS_OWN
 from minibert.parity import compare
 from minibert.paritypage import picture

@@ -16,9 +16,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from minibert import democorpus
-from minibert.config import BertConfig
 from minibert.data import Sentence, labels_of
 from minibert.files import write_text
+from minibert.model.config import BertConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert import kernels
-from minibert.layout import Block, Layout, Padded
+from minibert.model.layout import Block, Layout, Padded
 
 
 class Attended(NamedTuple):

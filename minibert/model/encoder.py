@@ -24,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import attention, hub, residual, weights
-from minibert.attention import AttentionFn
-from minibert.config import BertConfig
+from minibert import hub, weights
 from minibert.data import IGNORE
 from minibert.files import write_text
-from minibert.layout import Layout, Packed, Padded
-from minibert.residual import AddNormFn
+from minibert.model import attention, residual
+from minibert.model.attention import AttentionFn
+from minibert.model.config import BertConfig
+from minibert.model.layout import Layout, Packed, Padded
+from minibert.model.residual import AddNormFn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
