@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minibert import data, hub
+from minibert import data
 from minibert.averaging import WeightAverage
 from minibert.checkpoint import Checkpoints, Stop, Training, seed_apart
 from minibert.curve import text_curve, write_png
@@ -50,10 +50,11 @@ from minibert.machine import (
 )
 from minibert.model.encoder import BertForTokenClassification
 from minibert.optim import LossScaler, bert_groups, choose_adamw, linear_schedule
+from minibert.pretrained import hub
+from minibert.pretrained.tokenizer import Tokenizer
 from minibert.processes import AloneError, Team, team_on
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
 from minibert.tagger import Tagger
-from minibert.tokenizer import Tokenizer
 
 
 def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:

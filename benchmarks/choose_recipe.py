@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.runs import keep, train
-from minibert import hub
+from minibert.pretrained import hub
 
 CANDIDATES = (
     {"lr": "3e-4", "average": "1"},

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Step, interleaved
-from minibert import BertConfig, BertForTokenClassification, data, democorpus, hub, weights
+from minibert import BertConfig, BertForTokenClassification, data, democorpus
 from minibert.data import Batch, Example
 from minibert.files import MinibertError
 from minibert.graphs import Graphs, Recorder
 from minibert.model import attention
 from minibert.optim import Group, LossScaler, choose_adamw
-from minibert.tokenizer import Tokenizer
+from minibert.pretrained import hub, weights
+from minibert.pretrained.tokenizer import Tokenizer
 
 BATCH = 32
 LR, CLIP, DECAY = 5e-5, 1.0, 0.01

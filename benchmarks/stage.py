@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_models import like, sentences
-from minibert import BertConfig, BertForTokenClassification, data, hub, prepacked
+from minibert import BertConfig, BertForTokenClassification, data, prepacked
 from minibert.data import Example
 from minibert.machine import DTYPES, choose_dtype, name_of
-from minibert.tokenizer import Tokenizer
+from minibert.pretrained import hub
+from minibert.pretrained.tokenizer import Tokenizer
 
 BATCH = 32
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ _HOME = {
     "MinibertError": "files",
     "Packed": "model.layout",
     "Tagger": "tagger",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "pretrained.tokenizer",
     # The module is not called trace: once imported it would stand here in place of the function.
     "trace": "tracing",
 }

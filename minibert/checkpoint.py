@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minibert import weights
 from minibert.averaging import WeightAverage
 from minibert.files import TEMPORARY, MinibertError, sha256_of, sweep, sync
 from minibert.optim import AdamW, LossScaler
+from minibert.pretrained import weights
 from minibert.processes import Team
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"

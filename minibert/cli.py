@@ -285,7 +285,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _download(options: argparse.Namespace) -> int:
-    from minibert import hub
+    from minibert.pretrained import hub
 
     known = hub.MODELS | hub.CORPORA
     if options.name not in known:
@@ -297,7 +297,7 @@ def _download(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from minibert import hub
+    from minibert.pretrained import hub
     from minibert.verify import verify
 
     passed = True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minibert.files import MinibertError, read_text
 from minibert.model.layout import Packed
-from minibert.tokenizer import Tokenizer, windows
+from minibert.pretrained.tokenizer import Tokenizer, windows
 
 IGNORE = -100  # the label of a piece that does not count in the loss
 TAG = re.compile(r"O|[BI]-\S+")

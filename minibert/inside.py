@@ -19,8 +19,8 @@ from torch import Tensor
 from minibert.data import Example, examples_of, packed, padded
 from minibert.files import MinibertError
 from minibert.machine import name_of
+from minibert.pretrained.tokenizer import Tokenizer
 from minibert.tagger import Entity, Label, Tagger, entities, split
-from minibert.tokenizer import Tokenizer
 from minibert.tracing import trace
 
 WIDEST = 12  # characters of a label in the terminal

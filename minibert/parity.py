@@ -21,17 +21,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minibert import hub, reference, weights
+from minibert import reference
 from minibert.data import IGNORE
 from minibert.files import MinibertError
 from minibert.machine import DTYPES, choose_device
 from minibert.model.encoder import BertForMaskedLM, BertForTokenClassification, BertWithHead
 from minibert.model.layout import Packed
 from minibert.optim import AdamW, Group
-from minibert.tokenizer import Tokenizer
+from minibert.pretrained import hub, weights
+from minibert.pretrained.tokenizer import Tokenizer
+from minibert.pretrained.weights import names_of
 from minibert.tracing import MAPS, names, trace
 from minibert.verdict import Comparison, Values, judge, same_bits
-from minibert.weights import names_of
 
 ON_CPU = ("eager", "sdpa")  # fused runs on CUDA only
 LAYOUTS = ("padded", "packed")

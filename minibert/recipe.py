@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from minibert import data, democorpus, hub
+from minibert import data, democorpus
 from minibert.data import Sentence
 from minibert.files import MinibertError, sha256_of
 from minibert.machine import DTYPES
 from minibert.model.attention import IMPLEMENTATIONS
 from minibert.optim import SEMANTICS
+from minibert.pretrained import hub
 
 
 @dataclass(frozen=True)

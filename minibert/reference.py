@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from minibert.files import MinibertError
 from minibert.model.encoder import BertWithHead
-from minibert.weights import names_of
+from minibert.pretrained.weights import names_of
 
 # Our name of an intermediate on the left, the module of transformers that takes it in or gives it
 # out on the right; {i} runs over the layers. Scores and maps have no module: see _Attention.

@@ -23,7 +23,7 @@ from minibert.machine import choose_device, choose_dtype
 from minibert.metrics import lenient_entities
 from minibert.model.encoder import BertForTokenClassification
 from minibert.model.labels import best_labels
-from minibert.tokenizer import Tokenizer
+from minibert.pretrained.tokenizer import Tokenizer
 
 T = TypeVar("T")
 MOST_LABELS = 1000  # that well-formed sequences are chosen from, in memory quadratic in it

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minibert import hub
 from minibert.files import MinibertError, sha256_of
 from minibert.model.encoder import BertForMaskedLM
-from minibert.tokenizer import Tokenizer
+from minibert.pretrained import hub
+from minibert.pretrained.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # the cards give scores from another machine and version
 

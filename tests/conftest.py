@@ -13,8 +13,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-from minibert import hub
 from minibert.files import MinibertError, home
+from minibert.pretrained import hub
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 # The same examples in every run, and no time limit on one: a busy machine is not a fault.

@@ -22,7 +22,7 @@ from minibert.data import (
     read_bio,
 )
 from minibert.files import MinibertError
-from minibert.tokenizer import windows
+from minibert.pretrained.tokenizer import windows
 
 
 @pytest.fixture(scope="module")

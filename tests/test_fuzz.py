@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibert import BertConfig, Tagger, Tokenizer, weights
+from minibert import BertConfig, Tagger, Tokenizer
 from minibert.files import LINE, MinibertError, parse_json
 from minibert.model.config import MOST
+from minibert.pretrained import weights
 
 
 @pytest.fixture

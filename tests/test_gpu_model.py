@@ -40,7 +40,8 @@ def reference(dropout_p: float = 0.0) -> nn.Module:
 
 
 def ours_like(theirs: nn.Module, attn: str) -> nn.Module:
-    from minibert import BertConfig, BertForTokenClassification, weights
+    from minibert import BertConfig, BertForTokenClassification
+    from minibert.pretrained import weights
 
     labels = tuple(f"L{i}" for i in range(LABELS))
     config = BertConfig.from_dict({**theirs.config.to_dict(), "id2label": dict(enumerate(labels))})
@@ -90,7 +91,7 @@ def test_error_is_within_that_of_transformers() -> None:
     allowed = 2 * (reference_logits - want).abs().max() + 1e-5
     assert (logits - want).abs().max() <= allowed
 
-    from minibert import weights
+    from minibert.pretrained import weights
 
     exact_grads = {name: p.grad for name, p in exact.named_parameters()}
     their_grads = {name: p.grad for name, p in theirs.named_parameters()}

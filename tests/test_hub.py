@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from minibert import hub
 from minibert.files import MinibertError
-from minibert.hub import Pin, Source, Wheel
+from minibert.pretrained import hub
+from minibert.pretrained.hub import Pin, Source, Wheel
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 PIN = Pin("file.bin", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())

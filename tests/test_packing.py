@@ -14,7 +14,7 @@ from minibert import BertConfig, BertForTokenClassification, Packed
 from minibert.kernels import FusedUnavailableError
 from minibert.model.attention import choose
 from minibert.model.layout import Padded
-from minibert.weights import names_of
+from minibert.pretrained.weights import names_of
 
 CONFIG = BertConfig(
     vocab_size=101,

@@ -17,7 +17,7 @@ import transformers
 
 from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification
 from minibert.machine import choose_dtype
-from minibert.weights import names_of
+from minibert.pretrained.weights import names_of
 
 LABELS = tuple(f"L{i}" for i in range(25))
 SMALL = {"vocab_size": 211, "num_hidden_layers": 2, "labels": LABELS}

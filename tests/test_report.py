@@ -27,7 +27,7 @@ from minibert.model.encoder import Embeddings
 from minibert.parity import TEXTS as TEXTS_OF_ITS_OWN
 from minibert.parity import compare
 from minibert.paritypage import picture
-from minibert.tokenizer import Tokenizer
+from minibert.pretrained.tokenizer import Tokenizer
 from minibert.tracing import names
 from minibert.verdict import OPERATIONS, Comparison, Row, table
 

@@ -24,7 +24,7 @@ from minibert.optim import (
     clip_grad_norm,
     linear_schedule,
 )
-from minibert.weights import names_of
+from minibert.pretrained.weights import names_of
 
 STEPS = 20
 

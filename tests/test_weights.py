@@ -16,8 +16,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from benchmarks.child import run_child
-from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer, weights
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer
 from minibert.files import MinibertError, give_back
+from minibert.pretrained import weights
 from minibert.verify import check_scores, fill_mask
 
 CONFIG = BertConfig(

@@ -168,7 +168,8 @@ def train_here(
 
 def die_at(kind: str, call: int) -> None:
     """Have SIGKILL come at the ``call``-th of some calls: just before it or just after it."""
-    from minibert import checkpoint, weights
+    from minibert import checkpoint
+    from minibert.pretrained import weights
 
     places = {
         "disk": [(os, name) for name in ("fsync", "replace", "mkdir", "rmdir", "unlink")],

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import hub, weights
 from minibert.data import IGNORE
 from minibert.files import write_text
 from minibert.model import attention, residual
@@ -32,6 +31,7 @@ from minibert.model.attention import AttentionFn
 from minibert.model.config import BertConfig
 from minibert.model.layout import Layout, Packed, Padded
 from minibert.model.residual import AddNormFn
+from minibert.pretrained import hub, weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -355,7 +355,7 @@ class BertWithHead(nn.Module):
         if chosen.max_length > limit:
             raise ValueError(
                 f"a sentence of {chosen.max_length} tokens, but the model has {limit} positions: "
-                "window it (minibert.tokenizer does)"
+                "window it (minibert.pretrained.tokenizer does)"
             )
         return chosen
 

@@ -1,0 +1,1 @@
+"""Checkpoints, tokenizers and downloads: everything between the model and a disk."""
