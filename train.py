@@ -40,7 +40,6 @@ from minibert.curve import text_curve, write_png
 from minibert.data import Batch, Example
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
-from minibert.graphs import Graphs, Recorder, require
 from minibert.machine import (
     ask_for_huge_pages,
     choose_device,
@@ -54,6 +53,7 @@ from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.processes import AloneError, Team, team_on
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
+from minibert.speed.cuda_graphs import Graphs, Recorder, require
 from minibert.tagger import Tagger
 
 

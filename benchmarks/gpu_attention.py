@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import interleaved
-from minibert.kernels import ladder
+from minibert.speed.cuda import ladder
 
 HEADS, HEAD_SIZE = 12, 64  # BERT-base
 CALLS = 20  # in one measurement: a single one is over before an event is recorded

@@ -20,11 +20,11 @@ from benchmarks.timing import Step, interleaved
 from minibert import BertConfig, BertForTokenClassification, data, democorpus
 from minibert.data import Batch, Example
 from minibert.files import MinibertError
-from minibert.graphs import Graphs, Recorder
 from minibert.model import attention
 from minibert.optim import Group, LossScaler, choose_adamw
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
+from minibert.speed.cuda_graphs import Graphs, Recorder
 
 BATCH = 32
 LR, CLIP, DECAY = 5e-5, 1.0, 0.01

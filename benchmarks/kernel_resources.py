@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from minibert.kernels import build
+from minibert.speed.cuda import build
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 VARIANTS = tuple((head_size, dropout) for head_size in (64, 32) for dropout in (0, 1))

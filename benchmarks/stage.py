@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_models import like, sentences
-from minibert import BertConfig, BertForTokenClassification, data, prepacked
+from minibert import BertConfig, BertForTokenClassification, data
 from minibert.data import Example
 from minibert.machine import DTYPES, choose_dtype, name_of
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
+from minibert.speed import prepacked
 
 BATCH = 32
 CPU = torch.device("cpu")

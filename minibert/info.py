@@ -8,12 +8,13 @@ from importlib.metadata import version
 
 import torch
 
-from minibert import __version__, kernels, prepacked
+from minibert import __version__
 from minibert.files import home
 from minibert.machine import DTYPES, DtypeChoice, choose_device, choose_dtype, name_of
 from minibert.model import attention
 from minibert.model.encoder import BertForTokenClassification
-from minibert.prepacked import PrepackedLayer
+from minibert.speed import cuda, prepacked
+from minibert.speed.prepacked import PrepackedLayer
 
 HEAD_SIZE, HIDDEN_SIZE = 64, 768  # K and D of BERT-base
 
@@ -65,13 +66,13 @@ def _fused(device: torch.device, dtype: torch.dtype) -> str:
     """What "fused" is for this dtype, and why."""
     try:
         return attention.choose("fused", device, dtype, HEAD_SIZE).reason
-    except kernels.FusedUnavailableError as error:
+    except cuda.FusedUnavailableError as error:
         return f"cannot run: {error}"
 
 
 def _norm(device: torch.device) -> str:
     """How dropout, residual and LayerNorm are computed with "fused"."""
-    obstacle = kernels.obstacle_to_norm(device, HIDDEN_SIZE)
+    obstacle = cuda.obstacle_to_norm(device, HIDDEN_SIZE)
     return (
         f"in three passes: {obstacle}" if obstacle else "in one pass where x is fp16: own kernels"
     )

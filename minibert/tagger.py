@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from minibert import prepacked
 from minibert.data import TAG, Batch, Example, examples_of, packed, padded
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
@@ -24,6 +23,7 @@ from minibert.metrics import lenient_entities
 from minibert.model.encoder import BertForTokenClassification
 from minibert.model.labels import best_labels
 from minibert.pretrained.tokenizer import Tokenizer
+from minibert.speed import prepacked
 
 T = TypeVar("T")
 MOST_LABELS = 1000  # that well-formed sequences are chosen from, in memory quadratic in it

@@ -16,8 +16,8 @@ from test_kernels import EDGES, check, run
 from test_kernels_norm import check as check_norm
 from torch import Tensor
 
-from minibert import kernels
-from minibert.kernels import adamw, attention, build, ladder, launch, ops
+from minibert.speed import cuda
+from minibert.speed.cuda import adamw, attention, build, ladder, launch, ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,7 +110,7 @@ def test_autocast_casts_to_half(packed: tuple[Tensor, Tensor]) -> None:
     with torch.autocast("cuda", torch.float16):
         context, _ = torch.ops.minibert.attention(q, k, v, starts, None, 68, 0.0)
         assert context.dtype == torch.float16
-        assert kernels.attend_packed(q, k, v, starts, 68).dtype == torch.float16
+        assert cuda.attend_packed(q, k, v, starts, 68).dtype == torch.float16
 
 
 def test_compiles_into_one_graph(packed: tuple[Tensor, Tensor]) -> None:
@@ -155,9 +155,9 @@ def test_every_rung_agrees(packed: tuple[Tensor, Tensor]) -> None:
 
 def test_the_ladder_runs_what_it_chooses(packed: tuple[Tensor, Tensor]) -> None:
     qkv, starts = packed
-    rung = kernels.choose(qkv.device, torch.float16, 64)
+    rung = cuda.choose(qkv.device, torch.float16, 64)
     assert rung.name in ladder.RUNGS
-    assert kernels.attend_packed(*qkv.unbind(1), starts, 68).shape == (80, 2, 64)
+    assert cuda.attend_packed(*qkv.unbind(1), starts, 68).shape == (80, 2, 64)
 
 
 def test_one_pass_adamw_is_adamw() -> None:

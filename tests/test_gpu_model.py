@@ -153,7 +153,7 @@ def test_a_replayed_step_is_a_plain_one() -> None:
     """
     from minibert import data
     from minibert.data import Example
-    from minibert.graphs import Graphs, Recorder
+    from minibert.speed.cuda_graphs import Graphs, Recorder
 
     model = ours_like(reference(dropout_p=0.1), "fused").train()
     device = torch.device("cuda")

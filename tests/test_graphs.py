@@ -20,13 +20,14 @@ from training_runs import tiny_model, write_bio
 
 import train
 from benchmarks import gpu_bench, gpu_models
-from minibert import BertConfig, BertForTokenClassification, data, democorpus, graphs
+from minibert import BertConfig, BertForTokenClassification, data, democorpus
 from minibert.data import Batch, Example
 from minibert.files import MinibertError
-from minibert.graphs import Graphs, Passes, Recording, Size
 from minibert.model import attention
 from minibert.model.attention import Attended, sdpa
 from minibert.model.layout import Layout, Packed
+from minibert.speed import cuda_graphs
+from minibert.speed.cuda_graphs import Graphs, Passes, Recording, Size
 
 own_kernels = test_kernels_ops.own_kernels
 LABELS = ("O", "B-A", "I-A")
@@ -188,7 +189,7 @@ def test_few_sizes() -> None:
     for _ in range(1000):
         lengths = [max(3, min(50, round(draw.gauss(12.5, 5)))) for _ in range(32)]
         sizes.add(Size.of(batch_of(lengths).inputs["layout"], 512))
-    assert len(sizes) <= graphs.MOST
+    assert len(sizes) <= cuda_graphs.MOST
     assert {(size.sentences, size.longest) for size in sizes} == {(64, 64)}
     assert Size.of(Packed.from_lengths([90]), 100) == (90, 2, 100)
     assert Size.of(Packed.from_lengths([512] * 4), 512) == (2048, 8, 512)
@@ -207,8 +208,8 @@ def test_few_sizes() -> None:
 def test_what_is_missing_is_named(given: tuple, named: str) -> None:
     device, *rest = given
     with pytest.raises(MinibertError, match=f"^--graphs needs {named}: "):
-        graphs.require(torch.device(device), *rest)
-    graphs.require(torch.device("cuda"), "fused", "packed", 1, 1)
+        cuda_graphs.require(torch.device(device), *rest)
+    cuda_graphs.require(torch.device("cuda"), "fused", "packed", 1, 1)
 
 
 def test_train_py_steps_by_graphs(

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minibert.kernels import attention
+from minibert.speed.cuda import attention
 
 EDGES = [1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 130]
 

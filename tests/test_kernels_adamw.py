@@ -12,7 +12,7 @@ from cuda.core._kernel_arg_handler import ParamHolder
 from torch import Tensor, nn
 
 from minibert import optim
-from minibert.kernels import adamw, build, launch
+from minibert.speed.cuda import adamw, build, launch
 
 SHAPES = [(3,), (70, 64), (adamw.CHUNK,), (adamw.CHUNK + 1,), (2, adamw.CHUNK), ()]
 FACTORS = [1.0, 0.5, 1.0, 1.0, 2.0, 1.0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kernel_resources
-from minibert.kernels import build
+from minibert.speed.cuda import build
 
 UNIT = ("attention.cu", "sm_75", {"HEAD_SIZE": 32, "DROPOUT": 0})
 KERNELS = {

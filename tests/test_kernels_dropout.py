@@ -14,7 +14,7 @@ import torch
 from cuda.core._kernel_arg_handler import ParamHolder
 from torch import Tensor
 
-from minibert.kernels import attention
+from minibert.speed.cuda import attention
 
 # Writes what `kept` returns for every 16 x 16 patch of every sentence and head, seen from rows that
 # are queries and from rows that are keys.

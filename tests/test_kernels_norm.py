@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import minibert
 from benchmarks import kernel_resources
-from minibert import BertConfig, BertForTokenClassification, kernels
-from minibert.kernels import attention, build, norm, ops
+from minibert import BertConfig, BertForTokenClassification
 from minibert.model import residual
+from minibert.speed import cuda
+from minibert.speed.cuda import attention, build, norm, ops
 
 EPS = 1e-2  # large enough to be missed if it is left out
 SEED = 0x1234_5678_9ABC_DEF
@@ -155,12 +156,12 @@ def test_opcheck() -> None:
 
 
 def test_gradients_reach_every_operand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a T4: through ``kernels.add_norm`` and autograd, beside torch's three operations."""
+    """As on a T4: through ``cuda.add_norm`` and autograd, beside torch's three operations."""
     launched = []
-    monkeypatch.setattr(kernels, "obstacle_to_norm", lambda *_: launched.append(1))
+    monkeypatch.setattr(cuda, "obstacle_to_norm", lambda *_: launched.append(1))
     ours, theirs = operands(), operands()
     draw = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
-    y = kernels.add_norm(*ours, EPS)
+    y = cuda.add_norm(*ours, EPS)
     y.backward(draw)
     assert launched
     assert y.grad_fn.name().startswith("GeneratedBackwardFor_minibert_add_norm")
@@ -173,11 +174,11 @@ def test_gradients_reach_every_operand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_generator_fixes_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "obstacle_to_norm", lambda *_: None)
+    monkeypatch.setattr(cuda, "obstacle_to_norm", lambda *_: None)
 
     def once(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return kernels.add_norm(*operands(), EPS, 0.5)
+        return cuda.add_norm(*operands(), EPS, 0.5)
 
     assert torch.equal(once(1), once(1))
     assert not torch.equal(once(1), once(2))
@@ -194,7 +195,7 @@ def test_where_the_kernels_cannot_run_it_is_torch() -> None:
         found.append(add_norm(y_ND, x_ND, layer, dropout.eval()))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
-    assert "not cpu" in kernels.obstacle_to_norm(torch.device("cpu"), 768)
+    assert "not cpu" in cuda.obstacle_to_norm(torch.device("cpu"), 768)
 
 
 def test_fused_attention_brings_it_and_a_trace_sees_through_it() -> None:

@@ -21,8 +21,8 @@ from cuda.core._kernel_arg_handler import ParamHolder
 from test_kernels import check, run
 from torch import Tensor
 
-from minibert import kernels
-from minibert.kernels import attention, build, ladder, launch, ops
+from minibert.speed import cuda
+from minibert.speed.cuda import attention, build, ladder, launch, ops
 
 LENGTHS = [5, 17, 9]
 STARTS = torch.tensor([0, 5, 22, 31], dtype=torch.int32)
@@ -64,7 +64,7 @@ def test_opcheck(dropout_p: float) -> None:
 @pytest.mark.usefixtures("own_kernels")
 def test_gradients_reach_the_packed_product() -> None:
     qkv = product()
-    context = kernels.attend_packed(*qkv.unbind(1), STARTS, 17)
+    context = cuda.attend_packed(*qkv.unbind(1), STARTS, 17)
     d_context = torch.randn(31, 2, 32).half()
     context.backward(d_context)
     expected = attention_reference.attention(qkv.detach(), d_context, LENGTHS)
@@ -81,7 +81,7 @@ def test_a_padded_batch_is_its_sentences_and_zeros() -> None:
     tokens = mask.flatten().nonzero()[:, 0]
     starts = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
     qkv = torch.randn(25, 3, 2, 32).half().requires_grad_()
-    context = kernels.attend_padded(*qkv.unbind(1), tokens, starts, 5)
+    context = cuda.attend_padded(*qkv.unbind(1), tokens, starts, 5)
     d_context = torch.randn(25, 2, 32).half()
     context.backward(d_context)
     lengths = mask.sum(1).tolist()
@@ -97,7 +97,7 @@ def test_a_padded_batch_is_its_sentences_and_zeros() -> None:
 def test_a_batch_of_padding_alone_gives_zeros() -> None:
     q, k, v = product().unbind(1)
     nothing = torch.zeros(0, dtype=torch.int64)
-    context = kernels.attend_padded(q, k, v, nothing, torch.zeros(3, dtype=torch.int32), 15)
+    context = cuda.attend_padded(q, k, v, nothing, torch.zeros(3, dtype=torch.int32), 15)
     assert (context == 0).all()
 
 
@@ -107,7 +107,7 @@ def test_the_generator_fixes_the_mask() -> None:
 
     def attend(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return kernels.attend_packed(*qkv.unbind(1), STARTS, 17, 0.5)
+        return cuda.attend_packed(*qkv.unbind(1), STARTS, 17, 0.5)
 
     assert torch.equal(attend(1), attend(1))
     assert not torch.equal(attend(1), attend(2))
@@ -117,9 +117,9 @@ def test_the_generator_fixes_the_mask() -> None:
 def test_without_dropout_no_random_number_is_drawn() -> None:
     qkv = product().detach().unbind(1)
     state = torch.get_rng_state()
-    kernels.attend_packed(*qkv, STARTS, 17)
+    cuda.attend_packed(*qkv, STARTS, 17)
     assert torch.equal(torch.get_rng_state(), state)
-    kernels.attend_packed(*qkv, STARTS, 17, 0.1)
+    cuda.attend_packed(*qkv, STARTS, 17, 0.1)
     assert not torch.equal(torch.get_rng_state(), state)
 
 
@@ -127,7 +127,7 @@ def test_without_dropout_no_random_number_is_drawn() -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_compiles_into_one_graph(dropout_p: float) -> None:
     def step(qkv: Tensor) -> Tensor:
-        return kernels.attend_packed(*qkv.unbind(1), STARTS, 17, dropout_p) * 2
+        return cuda.attend_packed(*qkv.unbind(1), STARTS, 17, dropout_p) * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     qkv = product()
@@ -246,14 +246,14 @@ def test_ladder(
     reason: str,
     gpu: Any,
 ) -> None:
-    rung = kernels.choose(gpu(capability), dtype, head_size)
+    rung = cuda.choose(gpu(capability), dtype, head_size)
     assert rung.name == name
     assert re.search(reason, rung.reason)
     assert rung.name in ladder.RUNGS
 
 
 def test_own_kernels_stand_in_for_a_missing_flash(gpu: Any) -> None:
-    assert kernels.choose(gpu(A100, flash=False), torch.float16, 64).name == "own kernels"
+    assert cuda.choose(gpu(A100, flash=False), torch.float16, 64).name == "own kernels"
 
 
 def test_a_failed_build_is_said(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_a_failed_build_is_said(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> No
         raise build.BuildError("no NVRTC here")
 
     monkeypatch.setattr(build, "cubin", broken)
-    rung = kernels.choose(device, torch.float16, 64)
+    rung = cuda.choose(device, torch.float16, 64)
     assert rung.name == "torch efficient"
     assert "no NVRTC here" in rung.reason
 
@@ -273,7 +273,7 @@ def test_a_binary_that_nothing_can_launch_is_of_no_use(
 ) -> None:
     """Compiled once and kept, but cuda-core has been uninstalled since."""
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    rung = kernels.choose(gpu(T4), torch.float16, 64)
+    rung = cuda.choose(gpu(T4), torch.float16, 64)
     assert rung.name == "torch efficient"
     assert "pip install 'minibert[cuda]'" in rung.reason
 
@@ -289,14 +289,14 @@ def test_a_binary_that_nothing_can_launch_is_of_no_use(
 def test_what_no_rung_can_do_is_an_error(
     capability: tuple[int, int], dtype: torch.dtype, head_size: int, message: str, gpu: Any
 ) -> None:
-    with pytest.raises(kernels.FusedUnavailableError, match=message):
-        kernels.choose(gpu(capability), dtype, head_size)
+    with pytest.raises(cuda.FusedUnavailableError, match=message):
+        cuda.choose(gpu(capability), dtype, head_size)
 
 
 def test_on_a_cpu_fused_is_an_error_that_names_the_alternatives() -> None:
     q, k, v = product().unbind(1)
-    with pytest.raises(kernels.FusedUnavailableError, match=r"not cpu: use .*'sdpa' or 'eager'"):
-        kernels.attend_packed(q, k, v, STARTS, 17)
+    with pytest.raises(cuda.FusedUnavailableError, match=r"not cpu: use .*'sdpa' or 'eager'"):
+        cuda.attend_packed(q, k, v, STARTS, 17)
 
 
 @pytest.mark.parametrize("name", ["torch efficient", "torch flash"])

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import BertConfig, BertForTokenClassification, Packed
-from minibert.kernels import FusedUnavailableError
 from minibert.model.attention import choose
 from minibert.model.layout import Padded
 from minibert.pretrained.weights import names_of
+from minibert.speed.cuda import FusedUnavailableError
 
 CONFIG = BertConfig(
     vocab_size=101,

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minibert
-from minibert import BertForTokenClassification, Tagger, Tokenizer, cli, machine, prepacked
+from minibert import BertForTokenClassification, Tagger, Tokenizer, cli, machine
 from minibert.data import Example, packed, rounded
 from minibert.files import MinibertError
 from minibert.numerics import max_abs
-from minibert.prepacked import (
+from minibert.speed import prepacked
+from minibert.speed.prepacked import (
     MANY_ROWS,
     BlockedLinear,
     HalfLinear,

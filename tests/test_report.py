@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minibert
-from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, kernels, numerics
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, numerics
 from minibert import parity as parity_module
 from minibert.cli import main
 from minibert.files import MinibertError
@@ -28,6 +28,7 @@ from minibert.parity import TEXTS as TEXTS_OF_ITS_OWN
 from minibert.parity import compare
 from minibert.paritypage import picture
 from minibert.pretrained.tokenizer import Tokenizer
+from minibert.speed import cuda
 from minibert.tracing import names
 from minibert.verdict import OPERATIONS, Comparison, Row, table
 
@@ -349,14 +350,14 @@ def test_fused_attention_is_held_to_a_bounded_error(tiny: Path, capsys, monkeypa
     monkeypatch.setattr(
         attention, "choose", lambda name, *_: attention.Choice(name, "stands in for itself")
     )
-    monkeypatch.setattr(kernels, "attend_packed", attend)
+    monkeypatch.setattr(cuda, "attend_packed", attend)
     for c in compare(tiny, TEXTS, attn=["fused"], dtypes=["fp32", "bf16"]):
         assert c.kept, (c.title, str(c.first_broken))
         assert c.promise.startswith("error within 2x")
         assert [row.name for row in c.rows if row.name in names(2)] == names(2)
         assert not any(row.name.startswith("dropout") for row in c.rows)
-    half = kernels.attend_packed
-    monkeypatch.setattr(kernels, "attend_packed", lambda *args: half(*args) * (1 + 1e-4))
+    half = cuda.attend_packed
+    monkeypatch.setattr(cuda, "attend_packed", lambda *args: half(*args) * (1 + 1e-4))
     for c in compare(tiny, TEXTS, attn=["fused"], dtypes=["fp32"]):
         assert c.first_broken.name == "layers.0.context"
 

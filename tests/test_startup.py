@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minibert import BertForTokenClassification
-from minibert.kernels import ladder
+from minibert.speed.cuda import ladder
 
 TAG = """
 import sys

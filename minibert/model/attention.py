@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert import kernels
 from minibert.model.layout import Block, Layout, Padded
+from minibert.speed import cuda
 
 
 class Attended(NamedTuple):
@@ -124,11 +124,11 @@ def fused(
     """
     qkv = (q_NHK, k_NHK, v_NHK)
     if isinstance(layout, Padded) and layout.valid_BS is not None:
-        context_NHK = kernels.attend_padded(
+        context_NHK = cuda.attend_padded(
             *qkv, layout.real_tokens, layout.starts, layout.max_length, dropout_p
         )
     else:
-        context_NHK = kernels.attend_packed(*qkv, layout.starts, layout.max_length, dropout_p)
+        context_NHK = cuda.attend_packed(*qkv, layout.starts, layout.max_length, dropout_p)
     return Attended(context_NHK, None)
 
 
@@ -173,8 +173,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
     if name not in ("fused", "auto"):
         implementation(name)
     try:
-        rung = kernels.choose(device, dtype, head_size)
-    except kernels.FusedUnavailableError as error:
+        rung = cuda.choose(device, dtype, head_size)
+    except cuda.FusedUnavailableError as error:
         if name == "fused":
             raise
         return Choice("sdpa", str(error).partition(": use ")[0])

@@ -3,7 +3,7 @@
     add_norm(y_ND, x_ND, norm, dropout) -> x_ND
 
 ``plain``  the two modules and a sum, as transformers has them
-``fused``  the same in one pass over memory, by the project's CUDA kernels (``kernels/norm.cu``)
+``fused``  the same in one pass over memory, by the project's CUDA kernels (``speed/cuda/norm.cu``)
 
 The model picks one of them once, with its attention. Shape legend: see layout.py.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from minibert import kernels
+from minibert.speed import cuda
 
 AddNormFn = Callable[[Tensor, Tensor, nn.LayerNorm, nn.Dropout], Tensor]
 
@@ -25,9 +25,9 @@ def plain(y_ND: Tensor, x_ND: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout) -
 
 
 def fused(y_ND: Tensor, x_ND: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout) -> Tensor:
-    """The same by ``kernels.add_norm``; hooks on the two modules see nothing of it."""
+    """The same by ``cuda.add_norm``; hooks on the two modules see nothing of it."""
     dropout_p = dropout.p if dropout.training else 0.0
-    return kernels.add_norm(y_ND, x_ND, norm.weight, norm.bias, norm.eps, dropout_p)
+    return cuda.add_norm(y_ND, x_ND, norm.weight, norm.bias, norm.eps, dropout_p)
 
 
 def implementation(attn_implementation: str) -> AddNormFn:

@@ -14,7 +14,7 @@ from threading import Lock
 from cuda.core._kernel_arg_handler import ParamHolder
 from torch import Tensor
 
-from minibert.kernels import attention, build, norm
+from minibert.speed.cuda import attention, build, norm
 
 _BUILDS = TemporaryDirectory(prefix="minibert-emulator-")
 _ORDERS = random.Random(0)  # not torch's generator, which tests look at
@@ -36,7 +36,7 @@ _BUILDING = Lock()
 def _header(optimize: str) -> Path:
     """``emulator.h`` compiled ahead: it takes longer than the kernels behind it."""
     header = Path(_BUILDS.name) / f"emulator{optimize}.h"
-    header.write_text((build.HERE / "emulator.h").read_text())
+    header.write_text((Path(__file__).parent / "emulator.h").read_text())
     compiled = header.with_suffix(".h.gch")
     options = [*_OPTIONS, optimize, "-w", "-x", "c++-header", str(header), "-o", str(compiled)]
     subprocess.run(["g++", *options], check=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minibert.kernels.attention import drop_below
+from minibert.speed.cuda.attention import drop_below
 
 STEP, MOST = 64, 768  # D is a multiple of the one, up to the other: more would spill registers
 ROWS = 4  # a block does at a time: WARPS of norm.cu

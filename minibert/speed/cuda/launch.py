@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minibert.kernels import attention, build, norm
+from minibert.speed.cuda import attention, build, norm
 
 
 class _Stream:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minibert.files import MinibertError
-from minibert.kernels import build
+from minibert.speed.cuda import build
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
@@ -72,8 +72,8 @@ def _obstacle_to_own_kernels(
     device: torch.device, dtype: torch.dtype, head_size: int, capability: tuple[int, int]
 ) -> str | None:
     """Why the project's kernels cannot run here, or None."""
-    from minibert.kernels.attention import HEAD_SIZES
-    from minibert.kernels.launch import architecture, load
+    from minibert.speed.cuda.attention import HEAD_SIZES
+    from minibert.speed.cuda.launch import architecture, load
 
     if capability < (7, 5):
         return f"they need compute capability 7.5, this is {capability[0]}.{capability[1]}"
@@ -92,8 +92,8 @@ def _obstacle_to_own_kernels(
 @lru_cache
 def obstacle_to_norm(device: torch.device, hidden_size: int) -> str | None:
     """Why dropout, residual and LayerNorm take three passes here, or None; compiles the kernels."""
-    from minibert.kernels import norm
-    from minibert.kernels.launch import architecture, load
+    from minibert.speed.cuda import norm
+    from minibert.speed.cuda.launch import architecture, load
 
     if device.type != "cuda":
         return f"the one-pass kernels need a CUDA device, not {device}"
@@ -173,7 +173,7 @@ def own_kernels(
     dropout_p: float,
 ) -> Tensor:
     """The project's kernels."""
-    from minibert.kernels import ops
+    from minibert.speed.cuda import ops
 
     return ops.attend(q_NHK, k_NHK, v_NHK, starts, max_length, dropout_p)
 

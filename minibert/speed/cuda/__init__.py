@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert.kernels import norm
-from minibert.kernels.ladder import (
+from minibert.speed.cuda import norm
+from minibert.speed.cuda.ladder import (
     RUNGS,
     FusedUnavailableError,
     Rung,
@@ -123,7 +123,7 @@ def add_norm(
         (N, D), in the kernels' case in the residual's dtype.
     """
     if norm.fits(x_ND, residual_ND) and obstacle_to_norm(x_ND.device, x_ND.shape[1]) is None:
-        from minibert.kernels import ops
+        from minibert.speed.cuda import ops
 
         return ops.add_norm(x_ND, residual_ND, weight_D, bias_D, eps, dropout_p)
     h_ND = F.dropout(x_ND, dropout_p) + residual_ND

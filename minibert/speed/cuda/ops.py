@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minibert.kernels import attention, norm
-from minibert.kernels.launch import launch, launch_norm
+from minibert.speed.cuda import attention, norm
+from minibert.speed.cuda.launch import launch, launch_norm
 
 
 @torch.library.custom_op(

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from minibert.data import Batch
 from minibert.files import MinibertError
-from minibert.kernels.attention import SHORT
 from minibert.model.encoder import BertForTokenClassification
 from minibert.model.layout import Packed
+from minibert.speed.cuda.attention import SHORT
 
 MOST = 12  # graphs; each keeps gradients of its own, as large as the model
 

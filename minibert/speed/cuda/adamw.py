@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minibert.kernels import build
+from minibert.speed.cuda import build
 
 SEMANTICS = {"torch": 0, "transformers": 1, "google": 2}
 CHUNK = 4096  # as in adamw.cu
@@ -149,7 +149,7 @@ class Sweep:
 
 def obstacle(device: torch.device, semantics: str) -> str | None:
     """Why the kernel cannot run on this CUDA device, or None; compiles it if need be."""
-    from minibert.kernels import launch
+    from minibert.speed.cuda import launch
 
     try:
         launch.load("adamw.cu", launch.architecture(device), {"SEMANTICS": SEMANTICS[semantics]})
@@ -160,7 +160,7 @@ def obstacle(device: torch.device, semantics: str) -> str | None:
 
 def launch_on_gpu(sweep: Sweep, step: Launch) -> None:
     """Start the kernel on torch's current stream."""
-    from minibert.kernels.launch import enqueue
+    from minibert.speed.cuda.launch import enqueue
 
     enqueue(
         sweep.device, "adamw.cu", "adamw", step.defines, (step.blocks, 1), THREADS, step.parameters
