@@ -33,11 +33,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minibert import data
 from minibert.averaging import WeightAverage
 from minibert.checkpoint import Checkpoints, Stop, Training, seed_apart
 from minibert.curve import text_curve, write_png
-from minibert.data import Batch, Example
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
 from minibert.machine import (
@@ -55,6 +53,8 @@ from minibert.processes import AloneError, Team, team_on
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
 from minibert.speed.cuda_graphs import Graphs, Recorder, require
 from minibert.tagger import Tagger
+from minibert.text import bio
+from minibert.text.bio import Batch, Example
 
 
 def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
@@ -74,7 +74,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
     with team.writer_first():
         train_set, evaluated = corpus(options)
         directory = hub.locate_model(options.model)
-    labels = data.labels_of(train_set.sentences)
+    labels = bio.labels_of(train_set.sentences)
     tokenizer = Tokenizer.from_pretrained(directory)
     model = BertForTokenClassification.from_pretrained(
         directory,
@@ -89,11 +89,11 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
     max_length = model.config.max_position_embeddings
     if recipe.layout.isdecimal():
         max_length = min(max_length, int(recipe.layout))
-    examples = data.examples_of(
+    examples = bio.examples_of(
         [sentence.words for sentence in train_set.sentences],
         tokenizer,
         max_length,
-        data.label_ids(train_set.sentences, labels, train_set.source),
+        bio.label_ids(train_set.sentences, labels, train_set.source),
     )
     lengths = [len(example.ids) for example in examples]
 
@@ -142,8 +142,8 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
 
     for epoch in range(max(0, run.step - 1) // steps_per_epoch + 1, recipe.epochs + 1):
         model.train()
-        batches = data.epoch_batches(lengths, recipe.batch_size, options.seed, epoch, recipe.bucket)
-        groups = list(data.chunks(batches, recipe.accumulate))
+        batches = bio.epoch_batches(lengths, recipe.batch_size, options.seed, epoch, recipe.bucket)
+        groups = list(bio.chunks(batches, recipe.accumulate))
         done = run.step - (epoch - 1) * steps_per_epoch
         bar = progress(groups, done, f"epoch {epoch}", team)
         for group in bar:
@@ -266,9 +266,9 @@ def collate(
 ) -> Batch:
     """A batch in the layout of the recipe; ``fill`` a packed one up to one of a few sizes."""
     if layout == "packed":
-        return data.packed(examples, device, pad_id if fill else None)
+        return bio.packed(examples, device, pad_id if fill else None)
     length = None if layout == "longest" else int(layout)
-    return data.padded(examples, pad_id, length, device)
+    return bio.padded(examples, pad_id, length, device)
 
 
 def save(model: BertForTokenClassification, tokenizer: Tokenizer, directory: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
-from minibert.metrics import entity_scores
 from minibert.tagger import Tagger
+from minibert.text.metrics import entity_scores
 
 INFERENCE, TURNS, WARM_UP = True, 1, 0
 

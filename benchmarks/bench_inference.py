@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from benchmarks import peers, stage
 from benchmarks.peers import Predict
 from benchmarks.stage import Place, Plan, Run
-from minibert import data
-from minibert.data import Batch, Example
 from minibert.tagger import Tagger
+from minibert.text import bio
+from minibert.text.bio import Batch, Example
 
 INFERENCE, TURNS, WARM_UP = True, 5, 1
 SUBJECTS = (
@@ -79,7 +79,7 @@ def build(subject: str, place: Place) -> Run:
         examples = stage.by_length(examples)
     predict = predictor(kind, model if "OpenVINO" not in kind else stage.theirs(name), place)
     batches = stage.padded(examples, 128 if layout == "padded to 128" else None)
-    first = data.padded(examples[: stage.BATCH], 0, batches[0].input_ids.shape[1])
+    first = bio.padded(examples[: stage.BATCH], 0, batches[0].input_ids.shape[1])
     apart = _apart(predict(batches[0]).flatten(0, 1), first, name)
     assert apart <= NEAR[dtype], f"{subject}: the logits are {apart} apart"
 
@@ -108,7 +108,7 @@ def predictor(kind: str, model: nn.Module, place: Place) -> Predict:
 def _apart(logits_NL: Tensor, batch: Batch, plan_name: str) -> float:
     """Largest difference from our float32 logits at the words' first pieces, relatively."""
     examples: tuple[Example, ...] = batch.examples
-    mine = data.packed(examples)
+    mine = bio.packed(examples)
     assert [e.ids for e in mine.examples] == [e.ids for e in stage.by_length(examples)]
     exact_NL = stage.ours(plan_name)(**mine.inputs).logits
     exact = {id(e): part for e, part in zip(mine.examples, _words(exact_NL, mine))}

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
-from minibert import data
 from minibert.optim import Group, choose_adamw
+from minibert.text import bio
 
 INFERENCE, TURNS, WARM_UP = False, 5, 1
 LR, CLIP, DECAY = 5e-5, 1.0, 0.01
@@ -41,11 +41,11 @@ def build(subject: str, place: Place) -> Run:
         return lambda: run() or {"tokens": tokens}
     if subject.startswith("minibert"):
         model = copy.deepcopy(stage.ours(name)).train()
-        batches = [data.packed(batch) for batch in examples]
+        batches = [bio.packed(batch) for batch in examples]
         update = _our_update(model)
     else:
         model = copy.deepcopy(stage.theirs(name)).train()
-        batches = [data.padded(batch, stage.tokenizer().pad_id) for batch in examples]
+        batches = [bio.padded(batch, stage.tokenizer().pad_id) for batch in examples]
         update = _their_update(model, "fused" in subject)
 
     def run_all() -> dict:

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Step, interleaved
-from minibert import BertConfig, BertForTokenClassification, data, democorpus
-from minibert.data import Batch, Example
+from minibert import BertConfig, BertForTokenClassification
 from minibert.files import MinibertError
 from minibert.model import attention
 from minibert.optim import Group, LossScaler, choose_adamw
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed.cuda_graphs import Graphs, Recorder
+from minibert.text import bio, demo
+from minibert.text.bio import Batch, Example
 
 BATCH = 32
 LR, CLIP, DECAY = 5e-5, 1.0, 0.01
@@ -70,39 +71,39 @@ class Ceiling(NamedTuple):
 def models(plan: Plan, ceiling: Ceiling) -> dict[str, Any]:
     """Tokens a second (padding not counted) on the corpus and on batches of fixed lengths."""
     train, test = sentences(plan.corpus)
-    labels = data.labels_of(train)
+    labels = bio.labels_of(train)
     ours, tokenizer, origin = checkpoint(plan, labels)
     theirs = like(ours)
     path = attention.choose(plan.attn, plan.device, plan.dtype, ours.config.head_size)
     name = f"minibert {plan.attn}, packed"
     sides = {
-        name: Side(ours.to(plan.device), lambda e: data.packed(e, plan.device), _our_trainer),
+        name: Side(ours.to(plan.device), lambda e: bio.packed(e, plan.device), _our_trainer),
         "transformers sdpa, padded": Side(
             theirs.to(plan.device),
-            lambda e: data.padded(e, tokenizer.pad_id, None, plan.device),
+            lambda e: bio.padded(e, tokenizer.pad_id, None, plan.device),
             _their_trainer,
         ),
     }
     limit = ours.config.max_position_embeddings
     words = [sentence.words for sentence in test[: plan.test_sentences]]
-    examples = data.examples_of(words, tokenizer, limit)
+    examples = bio.examples_of(words, tokenizer, limit)
     # Within a batch by length, as packing does it, so that both sides' results lie alike.
-    in_order = [sorted(b, key=lambda e: len(e.ids)) for b in data.chunks(examples, BATCH)]
+    in_order = [sorted(b, key=lambda e: len(e.ids)) for b in bio.chunks(examples, BATCH)]
     rows = inference(sides, plan, ceiling, f"{plan.corpus} test", in_order)
     for title, lengths in plan.lengths.items():
         batches = [_random_examples(lengths, ours.config)] * 4
         rows += inference(sides, plan, ceiling, title, batches)
 
-    examples = data.examples_of(
+    examples = bio.examples_of(
         [sentence.words for sentence in train], tokenizer, limit,
-        data.label_ids(train, labels, plan.corpus),
+        bio.label_ids(train, labels, plan.corpus),
     )  # fmt: skip
-    drawn = data.epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
+    drawn = bio.epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
     in_order = [[examples[i] for i in batch] for batch in drawn[: plan.steps]]
     if plan.device.type == "cuda":
         sides[f"{name}, CUDA graphs"] = Side(
             copy.deepcopy(ours),
-            lambda e: data.packed(e, plan.device, tokenizer.pad_id),
+            lambda e: bio.packed(e, plan.device, tokenizer.pad_id),
             _graphs_trainer,
         )
     rows += training(sides, plan, ceiling, f"{plan.corpus} training", in_order)
@@ -115,12 +116,12 @@ def models(plan: Plan, ceiling: Ceiling) -> dict[str, Any]:
     }
 
 
-def sentences(corpus: str) -> tuple[list[data.Sentence], list[data.Sentence]]:
+def sentences(corpus: str) -> tuple[list[bio.Sentence], list[bio.Sentence]]:
     """Those to train on and those to test on."""
     if corpus == "demo":
-        return democorpus.generate()
+        return demo.generate()
     folder = hub.locate_corpus(corpus)
-    return data.read_bio(folder / "engtrain.bio"), data.read_bio(folder / "engtest.bio")
+    return bio.read_bio(folder / "engtrain.bio"), bio.read_bio(folder / "engtest.bio")
 
 
 def checkpoint(

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_models import like, sentences
-from minibert import BertConfig, BertForTokenClassification, data
-from minibert.data import Example
+from minibert import BertConfig, BertForTokenClassification
 from minibert.machine import DTYPES, choose_dtype, name_of
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
+from minibert.text import bio
+from minibert.text.bio import Example
 
 BATCH = 32
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def tokenizer() -> Tokenizer:
 
 
 @cache
-def corpus(plan_name: str) -> tuple[list[data.Sentence], list[data.Sentence]]:
+def corpus(plan_name: str) -> tuple[list[bio.Sentence], list[bio.Sentence]]:
     return sentences(PLANS[plan_name].corpus)
 
 
@@ -105,17 +106,17 @@ def corpus(plan_name: str) -> tuple[list[data.Sentence], list[data.Sentence]]:
 def test_examples(plan_name: str) -> list[Example]:
     """The first sentences of the test set, in the order of the file."""
     words = [s.words for s in corpus(plan_name)[1][: PLANS[plan_name].sentences]]
-    return data.examples_of(words, tokenizer(), 512)
+    return bio.examples_of(words, tokenizer(), 512)
 
 
 @cache
 def train_batches(plan_name: str) -> list[list[Example]]:
     """The first batches of an epoch as train.py draws it, each sorted as packing sorts it."""
     plan, (train, _) = PLANS[plan_name], corpus(plan_name)
-    labels = data.labels_of(train)
-    ids = data.label_ids(train, labels, plan.corpus)
-    examples = data.examples_of([s.words for s in train], tokenizer(), 512, ids)
-    drawn = data.epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
+    labels = bio.labels_of(train)
+    ids = bio.label_ids(train, labels, plan.corpus)
+    examples = bio.examples_of([s.words for s in train], tokenizer(), 512, ids)
+    drawn = bio.epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
     chosen = [[examples[i] for i in batch] for batch in drawn[: plan.train_batches]]
     return [sorted(batch, key=lambda e: len(e.ids)) for batch in chosen]
 
@@ -123,7 +124,7 @@ def train_batches(plan_name: str) -> list[list[Example]]:
 @cache
 def ours(plan_name: str) -> BertForTokenClassification:
     """Our model in float32."""
-    labels = data.labels_of(corpus(plan_name)[0])
+    labels = bio.labels_of(corpus(plan_name)[0])
     config = BertConfig(vocab_size=tokenizer().vocab_size, labels=labels, **PLANS[plan_name].shape)
     torch.manual_seed(0)
     return BertForTokenClassification(config, "sdpa").eval()
@@ -165,7 +166,7 @@ def by_length(examples: Sequence[Example]) -> list[Example]:
 def padded(examples: Sequence[Example], length: int | None = None) -> list[Padded]:
     """Batches of 32, filled up to ``length`` or to the longest of each."""
     batches = [
-        data.padded(batch, tokenizer().pad_id, length) for batch in data.chunks(examples, BATCH)
+        bio.padded(batch, tokenizer().pad_id, length) for batch in bio.chunks(examples, BATCH)
     ]
     return [Padded(b.inputs["input_ids"], b.inputs["attention_mask"]) for b in batches]
 
@@ -241,7 +242,7 @@ def minilm_directory(given: Path | None, scratch: Path) -> Path:
     """A token classifier on MiniLM's real weights: the one given, or one with a fresh head."""
     if given is not None:
         return given
-    labels = data.labels_of(corpus("tiny")[0])
+    labels = bio.labels_of(corpus("tiny")[0])
     directory = hub.locate_model("minilm")
     model = BertForTokenClassification.from_pretrained(directory, labels=labels, seed=0)
     return save_model(model, scratch)

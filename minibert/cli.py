@@ -275,8 +275,8 @@ def _marked(text: str, found: list) -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from minibert.data import read_bio
     from minibert.evaluation import evaluate
+    from minibert.text.bio import read_bio
 
     sentences = read_bio(options.file, options.orphans)
     report = evaluate(_tagger(options), sentences, options.file)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minibert.data import Sentence, label_ids
-from minibert.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
 from minibert.tagger import Tagger
+from minibert.text.bio import Sentence, label_ids
+from minibert.text.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minibert.data import Example, examples_of, packed, padded
 from minibert.files import MinibertError
 from minibert.machine import name_of
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.tagger import Entity, Label, Tagger, entities, split
+from minibert.text.bio import Example, examples_of, packed, padded
 from minibert.tracing import trace
 
 WIDEST = 12  # characters of a label in the terminal

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from minibert import reference
-from minibert.data import IGNORE
 from minibert.files import MinibertError
 from minibert.machine import DTYPES, choose_device
 from minibert.model.encoder import BertForMaskedLM, BertForTokenClassification, BertWithHead
@@ -31,6 +30,7 @@ from minibert.optim import AdamW, Group
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.pretrained.weights import names_of
+from minibert.text.bio import IGNORE
 from minibert.tracing import MAPS, names, trace
 from minibert.verdict import Comparison, Values, judge, same_bits
 

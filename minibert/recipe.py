@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from minibert import data, democorpus
-from minibert.data import Sentence
 from minibert.files import MinibertError, sha256_of
 from minibert.machine import DTYPES
 from minibert.model.attention import IMPLEMENTATIONS
 from minibert.optim import SEMANTICS
 from minibert.pretrained import hub
+from minibert.text import bio, demo
+from minibert.text.bio import Sentence
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,23 @@ class Part:
 def corpus(options: argparse.Namespace) -> tuple[Part, dict[str, Part]]:
     """The training sentences, and the sets to evaluate on: "dev" and "test", in this order."""
     if options.train is not None:
-        train_part = Part(data.read_bio(options.train, options.orphans), str(options.train))
+        train_part = Part(bio.read_bio(options.train, options.orphans), str(options.train))
         parts = {}
         if options.test is not None:
-            parts["test"] = Part(data.read_bio(options.test, options.orphans), str(options.test))
+            parts["test"] = Part(bio.read_bio(options.test, options.orphans), str(options.test))
     elif options.corpus == "demo":
-        train_sentences, test_sentences = democorpus.generate()
+        train_sentences, test_sentences = demo.generate()
         train_part = Part(train_sentences, "demo corpus")
         parts = {"test": Part(test_sentences, "demo corpus")}
     else:
         folder = hub.locate_corpus(options.corpus)
         train_file, test_file = folder / "engtrain.bio", folder / "engtest.bio"
-        train_part = Part(data.read_bio(train_file), str(train_file))
-        parts = {"test": Part(data.read_bio(test_file), str(test_file))}
+        train_part = Part(bio.read_bio(train_file), str(train_file))
+        parts = {"test": Part(bio.read_bio(test_file), str(test_file))}
     if options.dev is None:
         return train_part, parts
     if Path(options.dev).is_file():
-        dev = data.read_bio(Path(options.dev), options.orphans)
+        dev = bio.read_bio(Path(options.dev), options.orphans)
         return train_part, {"dev": Part(dev, options.dev)} | parts
     try:
         share = float(options.dev)

@@ -16,14 +16,14 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from minibert.data import TAG, Batch, Example, examples_of, packed, padded
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
-from minibert.metrics import lenient_entities
 from minibert.model.encoder import BertForTokenClassification
 from minibert.model.labels import best_labels
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
+from minibert.text.bio import TAG, Batch, Example, examples_of, packed, padded
+from minibert.text.metrics import lenient_entities
 
 T = TypeVar("T")
 MOST_LABELS = 1000  # that well-formed sequences are chosen from, in memory quadratic in it

@@ -10,8 +10,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibert import Tokenizer, democorpus
-from minibert.data import (
+from minibert import Tokenizer
+from minibert.files import MinibertError
+from minibert.pretrained.tokenizer import windows
+from minibert.text import demo
+from minibert.text.bio import (
     Sentence,
     epoch_batches,
     examples_of,
@@ -21,8 +24,6 @@ from minibert.data import (
     padded,
     read_bio,
 )
-from minibert.files import MinibertError
-from minibert.pretrained.tokenizer import windows
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_a_word_in_an_overlap_belongs_where_it_has_more_context() -> None:
 
 @pytest.mark.parametrize("limit", [8, 16, 50, 512])
 def test_long_sentences_keep_every_label(tokenizer: Tokenizer, limit: int) -> None:
-    train, _ = democorpus.generate()
+    train, _ = demo.generate()
     words = [word for sentence in train[:60] for word in sentence.words]
     labels = [i % 7 for i in range(len(words))]
     examples = examples_of([words], tokenizer, limit, [labels])
@@ -191,7 +192,7 @@ def test_a_word_longer_than_the_model_is_cut_and_labelled(tokenizer: Tokenizer) 
 
 
 def test_padded_and_packed_hold_the_same(tokenizer: Tokenizer) -> None:
-    train, _ = democorpus.generate()
+    train, _ = demo.generate()
     labels = labels_of(train)
     examples = examples_of(
         [s.words for s in train[:9]], tokenizer, 512, label_ids(train[:9], labels, "demo")
@@ -233,11 +234,11 @@ def test_epochs_and_seeds_differ_and_buckets_waste_less() -> None:
 
 
 def test_the_demo_corpus_is_always_the_same(tmp_path: Path) -> None:
-    train, test = democorpus.generate()
+    train, test = demo.generate()
     assert (len(train), len(test)) == (1500, 300)
     assert len(labels_of(train)) == 25
     assert labels_of(train) == labels_of(test)
-    democorpus.write(tmp_path)
+    demo.write(tmp_path)
     assert read_bio(tmp_path / "train.bio") == train
     assert read_bio(tmp_path / "test.bio") == test
     from minibert.files import sha256_of
@@ -246,7 +247,7 @@ def test_the_demo_corpus_is_always_the_same(tmp_path: Path) -> None:
 
 
 def test_the_demo_test_set_is_not_in_the_training_set() -> None:
-    train, test = democorpus.generate()
+    train, test = demo.generate()
     assert not {s.words for s in train} & {s.words for s in test}
     for type_ in ("ACTOR", "TITLE", "SONG", "CHARACTER"):
         names = [
@@ -259,6 +260,6 @@ def test_the_demo_test_set_is_not_in_the_training_set() -> None:
 
 
 def _entities(tags):
-    from minibert.metrics import strict_entities
+    from minibert.text.metrics import strict_entities
 
     return strict_entities(tags)

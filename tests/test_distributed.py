@@ -19,8 +19,8 @@ from training_runs import (
     write_bio,
 )
 
-from minibert import democorpus
 from minibert.checkpoint import list_of, read
+from minibert.text import demo
 
 # A sum over processes adds the same numbers in another order: an ulp or two of a loss around 3 at
 # every step, which the steps of the optimiser carry on.
@@ -39,7 +39,7 @@ def files(tmp_path_factory) -> Path:
     No dropout: its masks are drawn by each process for its own sentences.
     """
     folder = tmp_path_factory.mktemp("files")
-    train, test = democorpus.generate()
+    train, test = demo.generate()
     tiny_model(folder / "model", train[:57] + test[:12], dropout=0.0)
     write_bio(folder / "train.bio", train[:57])
     write_bio(folder / "test.bio", train[:12])

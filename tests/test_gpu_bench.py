@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import gpu_bench, gpu_models, runs, timing
 from minibert import BertConfig, BertForTokenClassification
-from minibert.data import Example
 from minibert.files import MinibertError
+from minibert.text.bio import Example
 
 
 def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from minibert import democorpus
+from minibert.text import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,9 +151,9 @@ def test_a_replayed_step_is_a_plain_one() -> None:
 
     The products are cuBLAS's, which may take another algorithm while it is recorded.
     """
-    from minibert import data
-    from minibert.data import Example
     from minibert.speed.cuda_graphs import Graphs, Recorder
+    from minibert.text import bio
+    from minibert.text.bio import Example
 
     model = ours_like(reference(dropout_p=0.1), "fused").train()
     device = torch.device("cuda")
@@ -166,7 +166,7 @@ def test_a_replayed_step_is_a_plain_one() -> None:
         examples = [
             Example(i, tuple(range(len(i))), k, 0, y) for k, (i, y) in enumerate(zip(ids, labels))
         ]
-        batches.append(data.packed(examples, device, filler=0))
+        batches.append(bio.packed(examples, device, filler=0))
     for turn, index in enumerate([0, 2, 1, 0, 2]):
         found = []
         for graphs in (recorded, plain):
@@ -184,10 +184,11 @@ def test_a_replayed_step_is_a_plain_one() -> None:
 
 def test_pools_started_ahead_give_the_same(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten pools; each one's labels are chosen while the GPU is at the next."""
-    from minibert import BertForTokenClassification, Tagger, Tokenizer, data
+    from minibert import BertForTokenClassification, Tagger, Tokenizer
+    from minibert.text import bio
 
-    sentences, _ = democorpus.generate()
-    labels = data.labels_of(sentences)
+    sentences, _ = demo.generate()
+    labels = bio.labels_of(sentences)
     model = BertForTokenClassification.from_pretrained(minilm, labels=labels, seed=0)
     with torch.no_grad():
         model.classifier.weight.mul_(20)
@@ -215,7 +216,7 @@ def test_train_py_in_half_precision(graphs: tuple, minilm: Path, tmp_path: Path)
 
 def trained(minilm: Path, tmp_path: Path, *arguments: str) -> tuple[str, Tensor]:
     """What train.py prints, and the loss of each of its 24 steps."""
-    sentences, _ = democorpus.generate()
+    sentences, _ = demo.generate()
     corpus, output = tmp_path / "corpus.bio", tmp_path / "run"
     blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences[:96]]
     corpus.write_text("\n".join(blocks))

@@ -20,14 +20,15 @@ from training_runs import tiny_model, write_bio
 
 import train
 from benchmarks import gpu_bench, gpu_models
-from minibert import BertConfig, BertForTokenClassification, data, democorpus
-from minibert.data import Batch, Example
+from minibert import BertConfig, BertForTokenClassification
 from minibert.files import MinibertError
 from minibert.model import attention
 from minibert.model.attention import Attended, sdpa
 from minibert.model.layout import Layout, Packed
 from minibert.speed import cuda_graphs
 from minibert.speed.cuda_graphs import Graphs, Passes, Recording, Size
+from minibert.text import bio, demo
+from minibert.text.bio import Batch, Example
 
 own_kernels = test_kernels_ops.own_kernels
 LABELS = ("O", "B-A", "I-A")
@@ -96,7 +97,7 @@ def batch_of(lengths: list[int], filler: int | None = 0) -> Batch:
         )
         for i, length in enumerate(lengths)
     ]
-    return data.packed(examples, filler=filler)
+    return bio.packed(examples, filler=filler)
 
 
 def gradients_of(model: BertForTokenClassification) -> list[Tensor]:
@@ -220,7 +221,7 @@ def test_train_py_steps_by_graphs(
     recorder = Repeated()
     monkeypatch.setattr(train, "Recorder", lambda _device: recorder)
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "sdpa", by_starts)
-    sentences = democorpus.generate()[0][:64]
+    sentences = demo.generate()[0][:64]
     corpus, output = write_bio(tmp_path / "corpus.bio", sentences), tmp_path / "run"
     small = tiny_model(tmp_path / "small", sentences)
     command = ["--model", str(small), "--train", str(corpus), "--output", str(output)]

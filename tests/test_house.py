@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minibert"
 
 # From the ground up: a room imports from itself and from rooms to its left.
-ORDER = "files machine processes model text baselines tagging training study info cli"
+ORDER = "files machine processes model"
 FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
 
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 import minibert
 from minibert import BertForTokenClassification, Tagger
 from minibert.cli import main
-from minibert.data import examples_of, packed
 from minibert.files import MinibertError
 from minibert.heatmap import write_png
 from minibert.inside import look, shown, terminal
 from minibert.tagger import split
+from minibert.text.bio import examples_of, packed
 from minibert.tracepage import page, quantised
 
 LABELS = ["O", "B-TITLE", "I-TITLE", "B-ACTOR", "I-ACTOR", "B-RATINGS_AVERAGE"]

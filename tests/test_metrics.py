@@ -11,7 +11,7 @@ from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as
 from seqeval.metrics.v1 import precision_recall_fscore_support as strict_scores
 from seqeval.scheme import IOB2
 
-from minibert.metrics import entity_scores, token_scores
+from minibert.text.metrics import entity_scores, token_scores
 
 TYPES = ("ACTOR", "TITLE", "B-SIDE")  # one with a dash and a prefix in its name
 TAGS = ["O", *(f"{prefix}-{type_}" for type_ in TYPES for prefix in "BI")]

@@ -13,7 +13,6 @@ from torch import nn
 
 import minibert
 from minibert import BertForTokenClassification, Tagger, Tokenizer, cli, machine
-from minibert.data import Example, packed, rounded
 from minibert.files import MinibertError
 from minibert.numerics import max_abs
 from minibert.speed import prepacked
@@ -25,6 +24,7 @@ from minibert.speed.prepacked import (
     choose,
     prepack,
 )
+from minibert.text.bio import Example, packed, rounded
 from tests.test_packing import MIXES, batch, model
 
 CPU = torch.device("cpu")

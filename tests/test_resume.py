@@ -17,10 +17,10 @@ import pytest
 import torch
 from training_runs import Run, assert_same_tree, demo_files, tree, write_bio
 
-from minibert import democorpus
 from minibert.checkpoint import Stop, list_of, read
 from minibert.files import TEMPORARY
 from minibert.processes import Team
+from minibert.text import demo
 
 MODES = {
     "padded": ("--layout", "longest", "--dtype", "fp32", "--seed", "1"),
@@ -167,7 +167,7 @@ def test_other_arguments_are_refused_by_name(files: Path, tmp_path: Path) -> Non
     before = tree(output)
     other = tmp_path / "other"
     shutil.copytree(files, other)
-    sentences, _ = democorpus.generate()
+    sentences, _ = demo.generate()
     write_bio(other / "train.bio", [*sentences[:59], sentences[60]])
     pieces = (other / "model" / "vocab.txt").read_text().splitlines()
     (other / "model" / "vocab.txt").write_text("\n".join([*pieces[:-1], "another"]) + "\n")
@@ -320,7 +320,7 @@ def test_numbers_that_go_wrong_stop_the_run(
         assert any(entry["loss"] is None for entry in saved.state["log"])
     # The sentences named are those that the step has read.
     numbers = line.partition("train.bio, sentences at lines ")[2].partition(";")[0].split(", ")
-    sentences, _ = democorpus.generate()
+    sentences, _ = demo.generate()
     starts = {sentence.line for sentence in sentences[:60]}
     assert {int(number) for number in numbers} <= starts
     assert len(numbers) in (batch_size, 60 % batch_size)

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import BertForTokenClassification, Tagger, Tokenizer, cli
-from minibert.data import labels_of
-from minibert.democorpus import generate
 from minibert.evaluation import evaluate
 from minibert.files import MinibertError
 from minibert.model.labels import best_labels, may_follow
 from minibert.tagger import Entity, Label, Words, entities, join, read_ahead, split
+from minibert.text.bio import labels_of
+from minibert.text.demo import generate
 
 TRAIN, TEST = generate()
 

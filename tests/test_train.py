@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from training_runs import tiny_model
 
-from minibert import Tagger, democorpus
+from minibert import Tagger
 from minibert.files import sha256_of
+from minibert.text import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def files(tmp_path_factory) -> Path:
     """48 training and 16 test sentences."""
     folder = tmp_path_factory.mktemp("bio")
-    train, test = democorpus.generate()
+    train, test = demo.generate()
     for name, sentences in (("train.bio", train[:48]), ("test.bio", test[:16])):
         blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences]
         (folder / name).write_text("\n".join(blocks))
@@ -31,7 +32,7 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """A model where it does not matter which."""
-    return tiny_model(tmp_path_factory.mktemp("small"), democorpus.generate()[1][:16])
+    return tiny_model(tmp_path_factory.mktemp("small"), demo.generate()[1][:16])
 
 
 def train(output: Path, *arguments: str | Path) -> subprocess.CompletedProcess:

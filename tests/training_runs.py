@@ -15,10 +15,10 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from minibert import democorpus
-from minibert.data import Sentence, labels_of
 from minibert.files import write_text
 from minibert.model.config import BertConfig
+from minibert.text import demo
+from minibert.text.bio import Sentence, labels_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -66,7 +66,7 @@ def tiny_model(
 
 def demo_files(folder: Path, training: int = 60, test: int = 12) -> tuple[Path, Path]:
     """Two BIO files and, beside them, a tiny model that fits them."""
-    train, held_out = democorpus.generate()
+    train, held_out = demo.generate()
     tiny_model(folder / "model", train[:training] + held_out[:test])
     return (
         write_bio(folder / "train.bio", train[:training]),

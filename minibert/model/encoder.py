@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.data import IGNORE
 from minibert.files import write_text
 from minibert.model import attention, residual
 from minibert.model.attention import AttentionFn
@@ -32,6 +31,7 @@ from minibert.model.config import BertConfig
 from minibert.model.layout import Layout, Packed, Padded
 from minibert.model.residual import AddNormFn
 from minibert.pretrained import hub, weights
+from minibert.text.bio import IGNORE
 
 if TYPE_CHECKING:
     from typing_extensions import Self

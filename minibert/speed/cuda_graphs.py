@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minibert.data import Batch
 from minibert.files import MinibertError
 from minibert.model.encoder import BertForTokenClassification
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
+from minibert.text.bio import Batch
 
 MOST = 12  # graphs; each keeps gradients of its own, as large as the model
 

@@ -4,7 +4,7 @@ It exists so that the whole way from text to scores can be run without a downloa
 word lists are ours, a seed decides which are joined. The test asks in other words than the
 training does, for names, titles and songs that training never shows.
 
-    python -m minibert.democorpus DIR
+    python -m minibert.text.demo DIR
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from minibert.data import Sentence
 from minibert.files import write_text
+from minibert.text.bio import Sentence
 
 SEED = 2026
 TRAIN_SIZE, TEST_SIZE = 1500, 300

@@ -1,0 +1,1 @@
+"""Labelled text: BIO files, batches, scores, the demo corpus."""
