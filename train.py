@@ -36,7 +36,6 @@ from tqdm import tqdm
 from minibert.averaging import WeightAverage
 from minibert.checkpoint import Checkpoints, Stop, Training, seed_apart
 from minibert.curve import text_curve, write_png
-from minibert.evaluation import evaluate
 from minibert.files import MinibertError, write_text
 from minibert.machine import (
     ask_for_huge_pages,
@@ -52,7 +51,8 @@ from minibert.pretrained.tokenizer import Tokenizer
 from minibert.processes import AloneError, Team, team_on
 from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
 from minibert.speed.cuda_graphs import Graphs, Recorder, require
-from minibert.tagger import Tagger
+from minibert.tagging.evaluate import evaluate
+from minibert.tagging.tagger import Tagger
 from minibert.text import bio
 from minibert.text.bio import Batch, Example
 

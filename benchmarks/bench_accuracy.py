@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
-from minibert.tagger import Tagger
+from minibert.tagging.tagger import Tagger
 from minibert.text.metrics import entity_scores
 
 INFERENCE, TURNS, WARM_UP = True, 1, 0

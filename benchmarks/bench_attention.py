@@ -10,7 +10,7 @@ from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
 from minibert.machine import DTYPES
 from minibert.model import attention, layout
-from minibert.tagger import Tagger
+from minibert.tagging.tagger import Tagger
 
 INFERENCE, TURNS, WARM_UP = True, 5, 1
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks import peers, stage
 from benchmarks.peers import Predict
 from benchmarks.stage import Place, Plan, Run
-from minibert.tagger import Tagger
+from minibert.tagging.tagger import Tagger
 from minibert.text import bio
 from minibert.text.bio import Batch, Example
 

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import bench_latency, bench_training, stage
 from benchmarks.stage import Place, Plan, Run
 from minibert.machine import keep_freed_memory
-from minibert.tagger import Tagger
+from minibert.tagging.tagger import Tagger
 
 INFERENCE, TURNS, WARM_UP = False, 1, 1
 ROOM = 2**30 - 2**20  # bytes; of blocks below 1 GB keep_freed_memory lets nothing go

@@ -14,7 +14,7 @@ _HOME = {
     "BertForTokenClassification": "model.encoder",
     "MinibertError": "files",
     "Packed": "model.layout",
-    "Tagger": "tagger",
+    "Tagger": "tagging.tagger",
     "Tokenizer": "pretrained.tokenizer",
     # The module is not called trace: once imported it would stand here in place of the function.
     "trace": "tracing",

@@ -151,7 +151,7 @@ def _running(command: argparse.ArgumentParser) -> None:
 
 
 def _tagger(options: argparse.Namespace, prepack: bool = True):
-    from minibert.tagger import Tagger
+    from minibert.tagging.tagger import Tagger
 
     tagger = Tagger.from_pretrained(
         options.directory,
@@ -186,7 +186,14 @@ def _given(options: argparse.Namespace) -> str:
 
 
 def _tag(options: argparse.Namespace) -> int:
-    from minibert.tagfile import connected, numbered, opened, own_device, rank_and_size, tag_lines
+    from minibert.tagging.many_lines import (
+        connected,
+        numbered,
+        opened,
+        own_device,
+        rank_and_size,
+        tag_lines,
+    )
 
     given = _given(options)
     rank, size = rank_and_size()
@@ -211,7 +218,7 @@ def _trace(options: argparse.Namespace) -> int:
     from minibert import heatmap
     from minibert.files import write_text
     from minibert.inside import look, terminal
-    from minibert.tagfile import decoded, numbered
+    from minibert.tagging.many_lines import decoded, numbered
     from minibert.tracepage import page
 
     if options.png is None and not options.layer is options.head is None:
@@ -275,7 +282,7 @@ def _marked(text: str, found: list) -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from minibert.evaluation import evaluate
+    from minibert.tagging.evaluate import evaluate
     from minibert.text.bio import read_bio
 
     sentences = read_bio(options.file, options.orphans)

@@ -19,7 +19,7 @@ from torch import Tensor
 from minibert.files import MinibertError
 from minibert.machine import name_of
 from minibert.pretrained.tokenizer import Tokenizer
-from minibert.tagger import Entity, Label, Tagger, entities, split
+from minibert.tagging.tagger import Entity, Label, Tagger, entities, split
 from minibert.text.bio import Example, examples_of, packed, padded
 from minibert.tracing import trace
 

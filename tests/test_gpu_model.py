@@ -193,7 +193,7 @@ def test_pools_started_ahead_give_the_same(minilm: Path, monkeypatch: pytest.Mon
     with torch.no_grad():
         model.classifier.weight.mul_(20)
     tagger = Tagger(model.half().cuda(), Tokenizer.from_pretrained(minilm))
-    monkeypatch.setattr("minibert.tagger.POOL", 100)
+    monkeypatch.setattr("minibert.tagging.tagger.POOL", 100)
     texts = [" ".join(s.words) for s in sentences[:1000]]
     assert tagger.depth == 1
     ahead = list(tagger.tag_texts(texts))

@@ -20,7 +20,7 @@ from minibert.cli import main
 from minibert.files import MinibertError
 from minibert.heatmap import write_png
 from minibert.inside import look, shown, terminal
-from minibert.tagger import split
+from minibert.tagging.tagger import split
 from minibert.text.bio import examples_of, packed
 from minibert.tracepage import page, quantised
 

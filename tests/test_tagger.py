@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import BertForTokenClassification, Tagger, Tokenizer, cli
-from minibert.evaluation import evaluate
 from minibert.files import MinibertError
 from minibert.model.labels import best_labels, may_follow
-from minibert.tagger import Entity, Label, Words, entities, join, read_ahead, split
+from minibert.tagging.evaluate import evaluate
+from minibert.tagging.tagger import Entity, Label, Words, entities, join, read_ahead, split
 from minibert.text.bio import labels_of
 from minibert.text.demo import generate
 
@@ -365,7 +365,7 @@ def test_answers_are_read_in_order_and_not_before_they_are_due(depth: int) -> No
 def test_pools_started_ahead_give_the_same(tagger: Tagger, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the next pool is under way while one is read."""
     texts = [" ".join(s.words) for s in TEST[:40]]
-    monkeypatch.setattr("minibert.tagger.POOL", 7)
+    monkeypatch.setattr("minibert.tagging.tagger.POOL", 7)
     assert tagger.depth == 0
     expected = list(tagger.tag_texts(texts))
     labels = list(tagger.label([text.split() for text in texts]))

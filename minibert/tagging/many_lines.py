@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from minibert.files import MinibertError
 from minibert.machine import choose_device
-from minibert.tagger import Entity, Tagger, pools, read_ahead
+from minibert.tagging.tagger import Entity, Tagger, pools, read_ahead
 
 PATIENCE = timedelta(hours=1)  # for a pool that another process tags
 Line = tuple[int, bytes]  # its number, from 1, and what it holds, the line's end included

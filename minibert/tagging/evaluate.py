@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minibert.tagger import Tagger
+from minibert.tagging.tagger import Tagger
 from minibert.text.bio import Sentence, label_ids
 from minibert.text.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
 
