@@ -6,7 +6,7 @@
     python train.py ... --resume                        go on where the same command was interrupted
     torchrun --nproc-per-node 2 train.py ...            the same in two processes
 
-The recipe's numbers and the command line are in ``minibert/recipe.py``.
+The recipe's numbers and the command line are in ``minibert/training/recipe.py``.
 
 Written to the output directory: ``last/`` (the model after the last epoch), ``best/`` (after the
 epoch with the highest entity F1 on the dev set, if there is one), ``metrics.jsonl``,
@@ -33,9 +33,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minibert.averaging import WeightAverage
-from minibert.checkpoint import Checkpoints, Stop, Training, seed_apart
-from minibert.curve import text_curve, write_png
 from minibert.files import MinibertError, write_text
 from minibert.machine import (
     ask_for_huge_pages,
@@ -45,16 +42,19 @@ from minibert.machine import (
     name_of,
 )
 from minibert.model.encoder import BertForTokenClassification
-from minibert.optim import LossScaler, bert_groups, choose_adamw, linear_schedule
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.processes import AloneError, Team, team_on
-from minibert.recipe import Part, Recipe, arguments_of, corpus, parse
 from minibert.speed.cuda_graphs import Graphs, Recorder, require
 from minibert.tagging.evaluate import evaluate
 from minibert.tagging.tagger import Tagger
 from minibert.text import bio
 from minibert.text.bio import Batch, Example
+from minibert.training.adamw import LossScaler, bert_groups, choose_adamw, linear_schedule
+from minibert.training.averaging import WeightAverage
+from minibert.training.loss_curve import text_curve, write_png
+from minibert.training.recipe import Part, Recipe, arguments_of, corpus, parse
+from minibert.training.resume import Checkpoints, Stop, Training, seed_apart
 
 
 def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:

@@ -9,7 +9,7 @@ import torch
 from benchmarks import stage
 from benchmarks.bench_training import DECAY, LR
 from benchmarks.stage import Place, Plan, Run
-from minibert.optim import AdamW, FusedAdamW, Group
+from minibert.training.adamw import AdamW, FusedAdamW, Group
 
 INFERENCE, TURNS, WARM_UP = False, 5, 1
 

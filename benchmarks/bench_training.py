@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
-from minibert.optim import Group, choose_adamw
 from minibert.text import bio
+from minibert.training.adamw import Group, choose_adamw
 
 INFERENCE, TURNS, WARM_UP = False, 5, 1
 LR, CLIP, DECAY = 5e-5, 1.0, 0.01

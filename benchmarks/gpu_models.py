@@ -20,12 +20,12 @@ from benchmarks.timing import Step, interleaved
 from minibert import BertConfig, BertForTokenClassification
 from minibert.files import MinibertError
 from minibert.model import attention
-from minibert.optim import Group, LossScaler, choose_adamw
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed.cuda_graphs import Graphs, Recorder
 from minibert.text import bio, demo
 from minibert.text.bio import Batch, Example
+from minibert.training.adamw import Group, LossScaler, choose_adamw
 
 BATCH = 32
 LR, CLIP, DECAY = 5e-5, 1.0, 0.01

@@ -200,35 +200,34 @@ def good_checkpoint() -> dict[str, bytes]:
     """The files of a whole checkpoint of training, by name."""
     import torch
 
-    from minibert import checkpoint
+    from minibert.training import resume
 
-    state = dict.fromkeys(checkpoint.REQUIRED) | {"format": checkpoint.FORMAT, "log": [{"step": 1}]}
+    state = dict.fromkeys(resume.REQUIRED) | {"format": resume.FORMAT, "log": [{"step": 1}]}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "step-000001"
-        checkpoint.write(path, {"weight.a": torch.ones(3), "generator.cpu": torch.ones(1)}, state)
+        resume.write(path, {"weight.a": torch.ones(3), "generator.cpu": torch.ones(1)}, state)
         return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def checkpoint_of_training(draw: Random, folder: Path) -> bool:
     """One of its files is changed, and sometimes the manifest says that this is right."""
-    from minibert import checkpoint
     from minibert.files import MinibertError
+    from minibert.training import resume
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch)
         for name, content in good_checkpoint().items():
             (path / name).write_bytes(content)
-        name = draw.choice((checkpoint.MANIFEST, checkpoint.MANIFEST, *good_checkpoint()))
-        change = mutate.safetensors_ if name == checkpoint.TENSORS else json_file
+        name = draw.choice((resume.MANIFEST, resume.MANIFEST, *good_checkpoint()))
+        change = mutate.safetensors_ if name == resume.TENSORS else json_file
         (path / name).write_bytes(change(draw, (path / name).read_bytes()))
-        if name != checkpoint.MANIFEST and draw.random() < 0.9:
+        if name != resume.MANIFEST and draw.random() < 0.9:
             manifest = {
-                file: checkpoint.described(path / file)
-                for file in (checkpoint.TENSORS, checkpoint.STATE)
+                file: resume.described(path / file) for file in (resume.TENSORS, resume.STATE)
             }
-            (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+            (path / resume.MANIFEST).write_text(json.dumps(manifest))
         try:
-            checkpoint.read(path)
+            resume.read(path)
         except MinibertError as error:
             if len(str(error).splitlines()) != 1:
                 raise BrokenError(f"not one line of error: {error}") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minibert.curve import text_curve, write_png
+from minibert.training.loss_curve import text_curve, write_png
 
 
 def heights(curve: str) -> list[float]:

@@ -19,8 +19,8 @@ from training_runs import (
     write_bio,
 )
 
-from minibert.checkpoint import list_of, read
 from minibert.text import demo
+from minibert.training.resume import list_of, read
 
 # A sum over processes adds the same numbers in another order: an ulp or two of a loss around 3 at
 # every step, which the steps of the optimiser carry on.

@@ -17,10 +17,10 @@ import pytest
 import torch
 from training_runs import Run, assert_same_tree, demo_files, tree, write_bio
 
-from minibert.checkpoint import Stop, list_of, read
 from minibert.files import TEMPORARY
 from minibert.processes import Team
 from minibert.text import demo
+from minibert.training.resume import Stop, list_of, read
 
 MODES = {
     "padded": ("--layout", "longest", "--dtype", "fp32", "--seed", "1"),

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minibert import BertForTokenClassification
-from minibert.averaging import WeightAverage
-from minibert.optim import (
+from minibert.pretrained.weights import names_of
+from minibert.training.adamw import (
     AdamW,
     FusedAdamW,
     Group,
@@ -24,7 +24,7 @@ from minibert.optim import (
     clip_grad_norm,
     linear_schedule,
 )
-from minibert.pretrained.weights import names_of
+from minibert.training.averaging import WeightAverage
 
 STEPS = 20
 

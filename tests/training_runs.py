@@ -168,12 +168,12 @@ def train_here(
 
 def die_at(kind: str, call: int) -> None:
     """Have SIGKILL come at the ``call``-th of some calls: just before it or just after it."""
-    from minibert import checkpoint
     from minibert.pretrained import weights
+    from minibert.training import resume
 
     places = {
         "disk": [(os, name) for name in ("fsync", "replace", "mkdir", "rmdir", "unlink")],
-        "checkpoint": [(weights, "write"), (checkpoint, "described"), (checkpoint, "sync")],
+        "checkpoint": [(weights, "write"), (resume, "described"), (resume, "sync")],
     }
     count = 0
 

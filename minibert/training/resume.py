@@ -27,11 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minibert.averaging import WeightAverage
 from minibert.files import TEMPORARY, MinibertError, sha256_of, sweep, sync
-from minibert.optim import AdamW, LossScaler
 from minibert.pretrained import weights
 from minibert.processes import Team
+from minibert.training.adamw import AdamW, LossScaler
+from minibert.training.averaging import WeightAverage
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT = 1

@@ -26,12 +26,12 @@ from minibert.files import MinibertError
 from minibert.machine import DTYPES, choose_device
 from minibert.model.encoder import BertForMaskedLM, BertForTokenClassification, BertWithHead
 from minibert.model.layout import Packed
-from minibert.optim import AdamW, Group
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.pretrained.weights import names_of
 from minibert.text.bio import IGNORE
 from minibert.tracing import MAPS, names, trace
+from minibert.training.adamw import AdamW, Group
 from minibert.verdict import Comparison, Values, judge, same_bits
 
 ON_CPU = ("eager", "sdpa")  # fused runs on CUDA only

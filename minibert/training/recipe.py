@@ -15,10 +15,10 @@ import torch
 from minibert.files import MinibertError, sha256_of
 from minibert.machine import DTYPES
 from minibert.model.attention import IMPLEMENTATIONS
-from minibert.optim import SEMANTICS
 from minibert.pretrained import hub
 from minibert.text import bio, demo
 from minibert.text.bio import Sentence
+from minibert.training.adamw import SEMANTICS
 
 
 @dataclass(frozen=True)

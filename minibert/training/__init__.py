@@ -1,0 +1,1 @@
+"""Fine-tuning: recipe, optimiser, schedule, checkpoints. The loop is train.py."""
