@@ -17,7 +17,7 @@ _HOME = {
     "Tagger": "tagging.tagger",
     "Tokenizer": "pretrained.tokenizer",
     # The module is not called trace: once imported it would stand here in place of the function.
-    "trace": "tracing",
+    "trace": "study.trace",
 }
 __all__ = sorted(_HOME)
 

@@ -215,11 +215,11 @@ def _tag(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from minibert import heatmap
     from minibert.files import write_text
-    from minibert.inside import look, terminal
+    from minibert.study import look_png
+    from minibert.study.look import look, terminal
+    from minibert.study.look_page import page
     from minibert.tagging.many_lines import decoded, numbered
-    from minibert.tracepage import page
 
     if options.png is None and not options.layer is options.head is None:
         raise MinibertError("--layer and --head say what --png draws: add --png FILE")
@@ -229,7 +229,7 @@ def _trace(options: argparse.Namespace) -> int:
         text = "\n".join(decoded(line, "standard input") for line in lines)
     inside = look(_tagger(options, prepack=False), text, options.window)
     if options.png is not None:
-        heatmap.write_png(inside, options.png, options.layer, options.head)
+        look_png.write_png(inside, options.png, options.layer, options.head)
     if options.html is not None:
         write_text(options.html, page(options.directory, inside))
     if options.png is None and options.html is None:
@@ -305,7 +305,7 @@ def _download(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from minibert.pretrained import hub
-    from minibert.verify import verify
+    from minibert.study.published import verify
 
     passed = True
     for check in verify(options.name, options.directory or hub.locate_model(options.name)):
@@ -317,9 +317,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _parity(options: argparse.Namespace) -> int:
     from minibert.files import write_text
-    from minibert.parity import TEXTS, compare
-    from minibert.paritypage import page
-    from minibert.verdict import table, to_dict
+    from minibert.study.parity.compare import TEXTS, compare
+    from minibert.study.parity.judge import table, to_dict
+    from minibert.study.parity.page import page
 
     texts = options.text or TEXTS
     comparisons = compare(

@@ -18,11 +18,11 @@ import minibert
 from minibert import BertForTokenClassification, Tagger
 from minibert.cli import main
 from minibert.files import MinibertError
-from minibert.heatmap import write_png
-from minibert.inside import look, shown, terminal
+from minibert.study.look import look, shown, terminal
+from minibert.study.look_page import page, quantised
+from minibert.study.look_png import write_png
 from minibert.tagging.tagger import split
 from minibert.text.bio import examples_of, packed
-from minibert.tracepage import page, quantised
 
 LABELS = ["O", "B-TITLE", "I-TITLE", "B-ACTOR", "I-ACTOR", "B-RATINGS_AVERAGE"]
 TEXT = "Who directed Zimmermann's film?"

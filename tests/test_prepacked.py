@@ -14,7 +14,6 @@ from torch import nn
 import minibert
 from minibert import BertForTokenClassification, Tagger, Tokenizer, cli, machine
 from minibert.files import MinibertError
-from minibert.numerics import max_abs
 from minibert.speed import prepacked
 from minibert.speed.prepacked import (
     MANY_ROWS,
@@ -24,6 +23,7 @@ from minibert.speed.prepacked import (
     choose,
     prepack,
 )
+from minibert.study.parity.ulps import max_abs
 from minibert.text.bio import Example, packed, rounded
 from tests.test_packing import MIXES, batch, model
 

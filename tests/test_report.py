@@ -18,19 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minibert
-from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, numerics
-from minibert import parity as parity_module
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification
 from minibert.cli import main
 from minibert.files import MinibertError
 from minibert.model import attention
 from minibert.model.encoder import Embeddings
-from minibert.parity import TEXTS as TEXTS_OF_ITS_OWN
-from minibert.parity import compare
-from minibert.paritypage import picture
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import cuda
-from minibert.tracing import names
-from minibert.verdict import OPERATIONS, Comparison, Row, table
+from minibert.study.parity import compare as parity_module
+from minibert.study.parity import ulps
+from minibert.study.parity.compare import TEXTS as TEXTS_OF_ITS_OWN
+from minibert.study.parity.compare import compare
+from minibert.study.parity.judge import OPERATIONS, Comparison, Row, table
+from minibert.study.parity.page import picture
+from minibert.study.trace import names
 
 CONFIG = BertConfig(
     vocab_size=60,
@@ -413,19 +414,19 @@ def test_ulps_count_the_steps_between_two_numbers(dtype, start: float, steps: in
             zero_next = torch.zeros_like(bits) + 1
             up = torch.where(b == 0, zero_next, torch.where(b > 0, bits + 1, bits - 1))
             b = up.view(dtype)
-    assert numerics.ulps(a, b) == numerics.ulps(b, a) == steps
+    assert ulps.ulps(a, b) == ulps.ulps(b, a) == steps
 
 
 def test_numbers_that_are_none() -> None:
     nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0])
-    assert numerics.ulps(nan, nan) == 0
-    assert numerics.max_abs(nan, nan) == 0
-    assert numerics.ulps(nan, one) == -1
-    assert numerics.max_abs(nan, one) == float("inf")
-    assert numerics.relative_error(nan, one) == float("inf")
-    assert numerics.ulps(torch.tensor([-0.0]), torch.tensor([0.0])) == 0
+    assert ulps.ulps(nan, nan) == 0
+    assert ulps.max_abs(nan, nan) == 0
+    assert ulps.ulps(nan, one) == -1
+    assert ulps.max_abs(nan, one) == float("inf")
+    assert ulps.relative_error(nan, one) == float("inf")
+    assert ulps.ulps(torch.tensor([-0.0]), torch.tensor([0.0])) == 0
     most = torch.tensor([torch.finfo(torch.float64).max], dtype=torch.float64)
-    assert numerics.ulps(most, -most) == 2**63 - 1
-    assert numerics.relative_error(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == (
+    assert ulps.ulps(most, -most) == 2**63 - 1
+    assert ulps.relative_error(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == (
         pytest.approx(0.08, rel=1e-6)
     )

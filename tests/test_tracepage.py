@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minibert import Tagger
-from minibert.inside import Inside, look
-from minibert.tracepage import page as page_of
+from minibert.study.look import Inside, look
+from minibert.study.look_page import page as page_of
 from tests.test_inside import HOSTILE, TEXT, tagger, trained  # noqa: F401
 
 FLAGS = (

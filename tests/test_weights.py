@@ -19,7 +19,7 @@ from benchmarks.child import run_child
 from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer
 from minibert.files import MinibertError, give_back
 from minibert.pretrained import weights
-from minibert.verify import check_scores, fill_mask
+from minibert.study.published import check_scores, fill_mask
 
 CONFIG = BertConfig(
     vocab_size=97,

@@ -1,1 +1,1 @@
-"""TODO."""
+"""To study a model: its intermediates, pages that show them, published numbers, parity."""

@@ -5,7 +5,7 @@
     inside.predictions[2]    # what the head would say of every piece after layer 1
     print(terminal(inside))
 
-tracepage.py makes a page of it and heatmap.py a picture. Everything is read by ``trace``, under
+look_page.py makes a page of it and look_png.py a picture. Everything is read by ``trace``, under
 whatever attention implementation the model has.
 """
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from minibert.files import MinibertError
 from minibert.machine import name_of
 from minibert.pretrained.tokenizer import Tokenizer
+from minibert.study.trace import trace
 from minibert.tagging.tagger import Entity, Label, Tagger, entities, split
 from minibert.text.bio import Example, examples_of, packed, padded
-from minibert.tracing import trace
 
 WIDEST = 12  # characters of a label in the terminal
 

@@ -1,6 +1,6 @@
 """What a model saw in one text as one HTML page: no network, nothing beside it.
 
-The page is ``tracepage.html`` with ``tracepage.css``, ``tracepage.js`` and the data put in. A
+The page is ``look_page.html`` with ``look_page.css``, ``look_page.js`` and the data put in. A
 Content-Security-Policy lets exactly this style and this script run and nothing be fetched. Whatever
 comes from outside travels as JSON that cannot end its element, and is shown as text only.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert.inside import Inside, shown
+from minibert.study.look import Inside, shown
 
 THUMB = 32  # pixels along a side of a map in the overview, at most
 FINE, COARSE, LONG = 255, 63, 128  # levels of weights; of texts longer than that many pieces
@@ -37,7 +37,7 @@ def page(title: str, inside: Inside) -> str:
         inside: as ``look`` gives it.
     """
     files = {
-        kind: resources.files("minibert").joinpath(f"tracepage.{kind}").read_text("utf-8")
+        kind: resources.files("minibert.study").joinpath(f"look_page.{kind}").read_text("utf-8")
         for kind in ("html", "css", "js")
     }
     policy = (
@@ -63,7 +63,7 @@ def _json(value: object) -> str:
 
 
 def _data(title: str, inside: Inside) -> dict:
-    """What tracepage.js reads."""
+    """What look_page.js reads."""
     S, layers, heads = len(inside.pieces), len(inside.maps), len(inside.maps[0])
     levels = FINE if S <= LONG else COARSE
     codes = [quantised(map_HSS, levels) for map_HSS in inside.maps]

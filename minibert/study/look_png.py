@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from minibert.files import MinibertError, replacing
-from minibert.inside import Inside
+from minibert.study.look import Inside
 
 TICKS = 96  # word-pieces named along a side, at most
 

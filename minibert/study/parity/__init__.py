@@ -1,1 +1,1 @@
-"""TODO."""
+"""Every number of a model beside those of transformers: compare, judge, show."""

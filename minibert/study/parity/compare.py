@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minibert import reference
 from minibert.files import MinibertError
 from minibert.machine import DTYPES, choose_device
 from minibert.model.encoder import BertForMaskedLM, BertForTokenClassification, BertWithHead
@@ -29,10 +28,11 @@ from minibert.model.layout import Packed
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.pretrained.weights import names_of
+from minibert.study.parity import reference
+from minibert.study.parity.judge import Comparison, Values, judge, same_bits
+from minibert.study.trace import MAPS, names, trace
 from minibert.text.bio import IGNORE
-from minibert.tracing import MAPS, names, trace
 from minibert.training.adamw import AdamW, Group
-from minibert.verdict import Comparison, Values, judge, same_bits
 
 ON_CPU = ("eager", "sdpa")  # fused runs on CUDA only
 LAYOUTS = ("padded", "packed")

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from minibert import numerics
+from minibert.study.parity import ulps
 
 FORWARD, BACKWARD = 2.0, 3.0
 
@@ -140,7 +140,7 @@ def judge(
     for name, parts in got.items():
         x, other = _flat(parts), _flat(expected[name])
         error = reference_error = own_error = None
-        equal = torch.equal(x, other) or bool(numerics.same(x, other).all())
+        equal = torch.equal(x, other) or bool(ulps.same(x, other).all())
         kept = equal
         if name in exact:
             true, mine = _flat(exact[name]), _flat(own[name])
@@ -156,8 +156,8 @@ def judge(
             Row(
                 name,
                 equal,
-                0.0 if equal else numerics.max_abs(x, other),
-                0 if equal else numerics.ulps(x, other),
+                0.0 if equal else ulps.max_abs(x, other),
+                0 if equal else ulps.ulps(x, other),
                 error,
                 reference_error,
                 own_error,
@@ -178,7 +178,7 @@ def _error(name: str, parts: list[Tensor], exact: list[Tensor], start: dict[str,
     if kind == "step":  # float64 holds both to far more digits than the step needs
         before = start[parameter].flatten().double()
         x, true = x.double() - before, true - before
-    return numerics.relative_error(x, true)
+    return ulps.relative_error(x, true)
 
 
 def _joint_error(values: Values, exact: Values, start: dict[str, Tensor]) -> float:
@@ -198,7 +198,7 @@ def _flat(parts: list[Tensor]) -> Tensor:
 def _first(parts: list[Tensor], expected: list[Tensor]) -> str:
     """The first element that differs: where, and both values."""
     for number, (x, other) in enumerate(zip(parts, expected)):
-        differ = (~numerics.same(x, other)).flatten().nonzero()
+        differ = (~ulps.same(x, other)).flatten().nonzero()
         if len(differ):
             index = [int(i) for i in torch.unravel_index(differ[0, 0], x.shape)]
             sentence = f"sentence {number}, " if len(parts) > 1 else ""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from minibert.verdict import Comparison, Row, table
+from minibert.study.parity.judge import Comparison, Row, table
 
 WIDTH, HEIGHT, LEFT, TOP = 920, 300, 60, 20  # of a picture, in CSS pixels; LEFT, TOP its margins
 LINES = (  # what is drawn: attribute of Row, its name, how
