@@ -41,7 +41,7 @@ from minibert.machine import (
     keep_freed_memory,
     name_of,
 )
-from minibert.model.encoder import BertForTokenClassification
+from minibert.model.heads import BertForTokenClassification
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.processes import AloneError, Team, team_on
@@ -67,8 +67,9 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
     if device.type == "cpu":
         ask_for_huge_pages()
         keep_freed_memory()
-    dtype, reason = choose_dtype(options.dtype, device)
-    print(f"{device}, {name_of(dtype)} ({reason})\n{recipe}")
+    chosen = choose_dtype(options.dtype, device)
+    dtype = chosen.value
+    print(f"{device}, {name_of(dtype)} ({chosen.reason})\n{recipe}")
 
     # Data and model.
     with team.writer_first():

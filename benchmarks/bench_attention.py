@@ -9,7 +9,7 @@ import torch
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
 from minibert.machine import DTYPES
-from minibert.model import attention, layout
+from minibert.model import encoder, layout
 from minibert.tagging.tagger import Tagger
 
 INFERENCE, TURNS, WARM_UP = True, 5, 1
@@ -43,8 +43,8 @@ def build(subject: str, place: Place) -> Run:
         layouts = [batch.inputs["layout"] for batch in tagger._batches(examples)]
     else:
         examples = stage.by_length(examples) if "sorted" in subject else examples
-        layouts = [layout.Padded.from_mask(*batch, dtype) for batch in stage.padded(examples)]
-    attend = attention.implementation("eager" if "eager" in subject else "sdpa")
+        layouts = [layout.Padded.from_mask(*batch) for batch in stage.padded(examples)]
+    attend = encoder.implementation("eager" if "eager" in subject else "sdpa")
     inputs = []
     for where in layouts:
         count = sum(block.rows * block.length for block in where.blocks)

@@ -52,7 +52,7 @@ def tag(side: str, directory: Path, file: Path) -> None:
     from minibert.machine import choose_dtype
 
     model = transformers.AutoModelForTokenClassification.from_pretrained(
-        directory, dtype=choose_dtype("auto", torch.device("cpu")).dtype
+        directory, dtype=choose_dtype("auto", torch.device("cpu")).value
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     texts = sorted(file.read_text().splitlines(), key=len)

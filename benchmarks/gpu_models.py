@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from benchmarks.timing import Step, interleaved
 from minibert import BertConfig, BertForTokenClassification
 from minibert.files import MinibertError
-from minibert.model import attention
-from minibert.pretrained import hub, weights
+from minibert.pretrained import config_json, hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
+from minibert.speed import fused
 from minibert.speed.cuda_graphs import Graphs, Recorder
 from minibert.text import bio, demo
 from minibert.text.bio import Batch, Example
@@ -74,7 +74,7 @@ def models(plan: Plan, ceiling: Ceiling) -> dict[str, Any]:
     labels = bio.labels_of(train)
     ours, tokenizer, origin = checkpoint(plan, labels)
     theirs = like(ours)
-    path = attention.choose(plan.attn, plan.device, plan.dtype, ours.config.head_size)
+    path = fused.choose(plan.attn, plan.device, plan.dtype, ours.config.head_size)
     name = f"minibert {plan.attn}, packed"
     sides = {
         name: Side(ours.to(plan.device), lambda e: bio.packed(e, plan.device), _our_trainer),
@@ -111,7 +111,7 @@ def models(plan: Plan, ceiling: Ceiling) -> dict[str, Any]:
         "weights": origin,
         "dtype": str(plan.dtype),
         "batch_size": BATCH,
-        "minibert_attention": f"{path.name}: {path.reason}",
+        "minibert_attention": f"{path.value}: {path.reason}",
         "rows": rows,
     }
 
@@ -135,7 +135,7 @@ def checkpoint(
         )
         return model, Tokenizer.from_pretrained(directory), f"{plan.checkpoint}, new classifier"
     directory = hub.locate_model("minilm")
-    config = BertConfig.from_file(directory / "config.json")
+    config = config_json.read(directory / "config.json")
     config = BertConfig(vocab_size=config.vocab_size, labels=labels, **plan.shape)
     torch.manual_seed(0)
     model = BertForTokenClassification(config, plan.attn)
@@ -148,8 +148,8 @@ def like(ours: BertForTokenClassification) -> nn.Module:
     """transformers' model with the same weights."""
     import transformers
 
-    raw = ours.config.to_dict("BertForTokenClassification")
-    config = transformers.BertConfig.from_dict(raw)
+    raw = config_json.to_dict(ours.config, "BertForTokenClassification")
+    config = transformers.config_json.parse(raw)
     theirs = transformers.AutoModelForTokenClassification.from_config(
         config, attn_implementation="sdpa"
     )

@@ -35,7 +35,7 @@ def machine() -> dict:
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "dtype": name_of(choose_dtype("auto", device).dtype),
+        "dtype": name_of(choose_dtype("auto", device).value),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

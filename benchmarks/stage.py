@@ -28,7 +28,7 @@ BATCH = 32
 CPU = torch.device("cpu")
 # The fastest format that this CPU multiplies natively. Without an instruction for bf16 its products
 # take a hundred times as long as those in fp32: nobody would use them, and nothing here does.
-NATIVE = name_of(choose_dtype("auto", CPU).dtype)
+NATIVE = name_of(choose_dtype("auto", CPU).value)
 # What the Tagger takes by itself: "fp16w" is fp32 with weights rounded to fp16.
 HALVES = prepacked.choose(CPU, DTYPES[NATIVE], may_round=True).linear is prepacked.HalfLinear
 OURS = "fp16w" if HALVES else NATIVE

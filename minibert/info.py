@@ -10,10 +10,10 @@ import torch
 
 from minibert import __version__
 from minibert.files import home
-from minibert.machine import DTYPES, DtypeChoice, choose_device, choose_dtype, name_of
-from minibert.model import attention
-from minibert.model.encoder import BertForTokenClassification
-from minibert.speed import cuda, prepacked
+from minibert.machine import DTYPES, Chosen, choose_device, choose_dtype, name_of
+from minibert.model.encoder import IMPLEMENTATIONS
+from minibert.model.heads import BertForTokenClassification
+from minibert.speed import cuda, fused, prepacked
 from minibert.speed.prepacked import PrepackedLayer
 
 HEAD_SIZE, HIDDEN_SIZE = 64, 768  # K and D of BERT-base
@@ -25,7 +25,7 @@ def describe() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     device = choose_device()
     dtype = choose_dtype("auto", device)
-    choice = attention.choose("auto", device, dtype.dtype, HEAD_SIZE)
+    choice = fused.choose("auto", device, dtype.value, HEAD_SIZE)
     lines = [
         f"minibert     {__version__}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -34,11 +34,11 @@ def describe() -> str:
         f"cpu dtype    {_line(choose_dtype('auto', torch.device('cpu')))}",
         f"gpu          {_gpus()}",
         f"home         {home()}",
-        f"attention    {', '.join(attention.IMPLEMENTATIONS)}",
+        f"attention    {', '.join(IMPLEMENTATIONS)}",
         f"auto device  {device}",
         f"auto dtype   {_line(dtype)}",
-        f"auto attn    {choice.name}: {choice.reason}",
-        f"auto layers  {_layers(device, dtype.dtype)}",
+        f"auto attn    {choice.value}: {choice.reason}",
+        f"auto layers  {_layers(device, dtype.value)}",
         *(f"fused {name:6} {_fused(device, known)}" for name, known in DTYPES.items()),
         f"fused norm   {_norm(device)}",
     ]
@@ -47,25 +47,25 @@ def describe() -> str:
 
 def running(model: BertForTokenClassification) -> str:
     """How a model runs, in a line: device, number format, attention, layers."""
-    weight, layer = model.classifier.weight, model.bert.layers[0]
+    layer = model.bert.layers[0]
     what = layer.qkv.what if isinstance(layer, PrepackedLayer) else "plain layers"
     how = f"attention {model.attn_implementation}, {what}"
-    return f"{weight.device}, {name_of(weight.dtype)}, {how}"
+    return f"{model.device}, {name_of(model.dtype)}, {how}"
 
 
-def _line(choice: DtypeChoice) -> str:
-    return f"{name_of(choice.dtype)}: {choice.reason}"
+def _line(choice: Chosen) -> str:
+    return f"{name_of(choice.value)}: {choice.reason}"
 
 
 def _layers(device: torch.device, dtype: torch.dtype) -> str:
     choice = prepacked.choose(device, dtype, may_round=True)
-    return f"{'prepacked' if choice.linear else 'plain'} for tagging: {choice.reason}"
+    return f"{'prepacked' if choice.value else 'plain'} for tagging: {choice.reason}"
 
 
 def _fused(device: torch.device, dtype: torch.dtype) -> str:
     """What "fused" is for this dtype, and why."""
     try:
-        return attention.choose("fused", device, dtype, HEAD_SIZE).reason
+        return fused.choose("fused", device, dtype, HEAD_SIZE).reason
     except cuda.FusedUnavailableError as error:
         return f"cannot run: {error}"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, TypeVar
 
 import torch
 
@@ -15,10 +16,14 @@ from minibert.files import MinibertError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class DtypeChoice(NamedTuple):
-    """A number format and why it was taken."""
+T = TypeVar("T")
 
-    dtype: torch.dtype
+
+@dataclass(frozen=True)
+class Chosen(Generic[T]):
+    """What was chosen, and why."""
+
+    value: T
     reason: str
 
 
@@ -56,18 +61,20 @@ def choose_device(name: str | None = None) -> torch.device:
         ) from None
 
 
-def choose_dtype(name: str, device: torch.device) -> DtypeChoice:
+def choose_dtype(name: str | torch.dtype, device: torch.device) -> Chosen[torch.dtype]:
     """Settle "auto" for inference and autocast by what the hardware multiplies natively.
 
     Args:
-        name: "fp32", "bf16", "fp16" or "auto".
+        name: "fp32", "bf16", "fp16", "auto", or a dtype.
         device: where the model runs.
 
     Raises:
         ValueError: no format has that name.
     """
+    if isinstance(name, torch.dtype):
+        return Chosen(name, "requested")
     if name in DTYPES:
-        return DtypeChoice(DTYPES[name], "asked for")
+        return Chosen(DTYPES[name], "requested")
     if name != "auto":
         raise ValueError(f"dtype {name!r} is unknown: choose auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
@@ -75,13 +82,13 @@ def choose_dtype(name: str, device: torch.device) -> DtypeChoice:
         capability = torch.cuda.get_device_capability(device)
         version = f"compute capability {capability[0]}.{capability[1]}"
         if capability >= (8, 0):
-            return DtypeChoice(torch.bfloat16, f"{version} has bf16 tensor cores")
+            return Chosen(torch.bfloat16, f"{version} has bf16 tensor cores")
         if capability >= (7, 0):
-            return DtypeChoice(torch.float16, f"{version} has fp16 tensor cores, but none for bf16")
-        return DtypeChoice(torch.float32, f"{version} has no tensor cores")
+            return Chosen(torch.float16, f"{version} has fp16 tensor cores, but none for bf16")
+        return Chosen(torch.float32, f"{version} has no tensor cores")
     if what := native_bf16():
-        return DtypeChoice(torch.bfloat16, f"the CPU multiplies bf16 natively ({what})")
-    return DtypeChoice(torch.float32, "the CPU does not multiply bf16 natively")
+        return Chosen(torch.bfloat16, f"the CPU multiplies bf16 natively ({what})")
+    return Chosen(torch.float32, "the CPU does not multiply bf16 natively")
 
 
 def ask_for_huge_pages() -> None:

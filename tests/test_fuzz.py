@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from minibert import BertConfig, Tagger, Tokenizer
 from minibert.files import LINE, MinibertError, parse_json
 from minibert.model.config import MOST
-from minibert.pretrained import weights
+from minibert.pretrained import config_json, weights
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ fuzz.child(*json.loads(sys.argv[1]))
 @pytest.mark.parametrize("value", [10**12, 2**64, -1, 0, True, 8.0, "8", None, [8], {}])
 def test_absurd_sizes_are_refused_by_name(name: str, value) -> None:
     with pytest.raises(MinibertError) as raised:
-        BertConfig.from_dict({name: value}, "config.json")
+        config_json.parse({name: value}, "config.json")
     said = str(raised.value)
     assert said.startswith(f"config.json: {name} must be a positive integer, at most ")
     assert f"got {value!r}" in said
@@ -84,7 +84,7 @@ def test_absurd_sizes_are_refused_by_name(name: str, value) -> None:
 @pytest.mark.parametrize("value", [1.0, -0.1, float("nan"), float("inf"), True, False, "0.1", None])
 def test_absurd_rates_are_refused_by_name(name: str, value) -> None:
     with pytest.raises(MinibertError, match=rf"^config\.json: {name} must be in .*got .*: use the"):
-        BertConfig.from_dict({name: value}, "config.json")
+        config_json.parse({name: value}, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_absurd_rates_are_refused_by_name(name: str, value) -> None:
 )
 def test_absurd_labels_and_ids_are_refused(raw: dict, message: str) -> None:
     with pytest.raises(MinibertError, match=message) as raised:
-        BertConfig.from_dict(raw, "config.json")
+        config_json.parse(raw, "config.json")
     assert len(str(raised.value)) <= LINE + 5
 
 
@@ -115,10 +115,12 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*BertConfig().to_dict("X"), "num_labels"]), JSON))
+@given(
+    st.dictionaries(st.sampled_from([*config_json.to_dict(BertConfig(), "X"), "num_labels"]), JSON)
+)
 def test_any_config_is_taken_or_refused_in_a_line(raw: dict) -> None:
     try:
-        config = BertConfig.from_dict(raw, "config.json")
+        config = config_json.parse(raw, "config.json")
     except MinibertError as error:
         said = str(error)
     else:
@@ -162,7 +164,7 @@ def test_labels_that_no_tagger_can_use(folder: Path) -> None:
 
 def test_weights_that_answer_nan_are_named(folder: Path) -> None:
     tagger = Tagger.from_pretrained(folder, dtype="fp32")
-    tagger.model.classifier.weight.data[0, 0] = float("nan")
+    tagger.model.head.classifier.weight.data[0, 0] = float("nan")
     with pytest.raises(MinibertError, match=r"the model answers NaN: .*try --dtype fp32"):
         tagger("who directed jaws")
 

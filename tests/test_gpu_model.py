@@ -40,11 +40,10 @@ def reference(dropout_p: float = 0.0) -> nn.Module:
 
 
 def ours_like(theirs: nn.Module, attn: str) -> nn.Module:
-    from minibert import BertConfig, BertForTokenClassification
-    from minibert.pretrained import weights
+    from minibert.pretrained import BertForTokenClassification, config_json, weights
 
     labels = tuple(f"L{i}" for i in range(LABELS))
-    config = BertConfig.from_dict({**theirs.config.to_dict(), "id2label": dict(enumerate(labels))})
+    config = config_json.parse({**theirs.config.to_dict(), "id2label": dict(enumerate(labels))})
     model = BertForTokenClassification(config, attn).cuda()
     state = theirs.state_dict()
     model.load_state_dict({ours: state[name] for ours, name in weights.names_of(model).items()})
@@ -191,9 +190,9 @@ def test_pools_started_ahead_give_the_same(minilm: Path, monkeypatch: pytest.Mon
     labels = bio.labels_of(sentences)
     model = BertForTokenClassification.from_pretrained(minilm, labels=labels, seed=0)
     with torch.no_grad():
-        model.classifier.weight.mul_(20)
+        model.head.classifier.weight.mul_(20)
     tagger = Tagger(model.half().cuda(), Tokenizer.from_pretrained(minilm))
-    monkeypatch.setattr("minibert.tagging.tagger.POOL", 100)
+    monkeypatch.setattr("minibert.tagging.stream.POOL", 100)
     texts = [" ".join(s.words) for s in sentences[:1000]]
     assert tagger.depth == 1
     ahead = list(tagger.tag_texts(texts))

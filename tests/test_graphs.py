@@ -22,7 +22,7 @@ import train
 from benchmarks import gpu_bench, gpu_models
 from minibert import BertConfig, BertForTokenClassification
 from minibert.files import MinibertError
-from minibert.model import attention
+from minibert.model import encoder
 from minibert.model.attention import Attended, sdpa
 from minibert.model.layout import Layout, Packed
 from minibert.speed import cuda_graphs
@@ -133,7 +133,7 @@ def test_replayed_steps_are_the_bits_of_plain_ones() -> None:
 def test_filling_up_changes_rounding_alone() -> None:
     """Against the batch without a filler, and the gradients of no step are left in the next."""
     model = model_of("sdpa", dropout_p=0.0).double()
-    layer = model.bert.plain_layers()[0]
+    layer = model.bert.layers[0]
     recorded = Graphs(model, torch.float32, Repeated())
     for lengths in (*BATCHES, *reversed(BATCHES)):
         layer.attention.attend = by_starts
@@ -151,7 +151,7 @@ def test_filling_up_changes_rounding_alone() -> None:
 def test_gradients_stay_where_they_are() -> None:
     """The update's table of addresses is made once for each size."""
     model = model_of("sdpa", dropout_p=0.0)
-    model.bert.plain_layers()[0].attention.attend = by_starts
+    model.bert.layers[0].attention.attend = by_starts
     recorded = Graphs(model, torch.float32, Repeated())
 
     def addresses(lengths: list[int]) -> list[int]:
@@ -166,7 +166,7 @@ def test_gradients_stay_where_they_are() -> None:
 
 def test_sizes_beyond_the_last_graph_go_without() -> None:
     model = model_of("sdpa", dropout_p=0.0)
-    model.bert.plain_layers()[0].attention.attend = by_starts
+    model.bert.layers[0].attention.attend = by_starts
     recorder = Repeated()
     recorded = Graphs(model, torch.float32, recorder, most=1)
     recorded.backward(batch_of([16, 16]))
@@ -220,7 +220,9 @@ def test_train_py_steps_by_graphs(
     monkeypatch.setattr(train, "require", lambda *_: None)
     recorder = Repeated()
     monkeypatch.setattr(train, "Recorder", lambda _device: recorder)
-    monkeypatch.setitem(attention.IMPLEMENTATIONS, "sdpa", by_starts)
+    monkeypatch.setitem(
+        encoder.IMPLEMENTATIONS, "sdpa", encoder.Implementation(by_starts, encoder.add_norm)
+    )
     sentences = demo.generate()[0][:64]
     corpus, output = write_bio(tmp_path / "corpus.bio", sentences), tmp_path / "run"
     small = tiny_model(tmp_path / "small", sentences)
@@ -239,7 +241,7 @@ def test_train_py_steps_by_graphs(
 def test_the_gpu_benchmark_trains_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_models, "Recorder", lambda _device: Repeated())
     model = model_of("sdpa", dropout_p=0.1)
-    model.bert.plain_layers()[0].attention.attend = by_starts
+    model.bert.layers[0].attention.attend = by_starts
     trainer = gpu_models._graphs_trainer(model, gpu_bench.tiny())
     assert "AdamW" in trainer.adamw or "fused CPU kernel" in trainer.adamw
     losses = [float(trainer.step(batch_of([16, 16]))) for _ in range(40)]

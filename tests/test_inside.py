@@ -21,7 +21,7 @@ from minibert.files import MinibertError
 from minibert.study.look import look, shown, terminal
 from minibert.study.look_page import page, quantised
 from minibert.study.look_png import write_png
-from minibert.tagging.tagger import split
+from minibert.tagging.words import split
 from minibert.text.bio import examples_of, packed
 
 LABELS = ["O", "B-TITLE", "I-TITLE", "B-ACTOR", "I-ACTOR", "B-RATINGS_AVERAGE"]
@@ -38,7 +38,7 @@ def trained(minilm: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     model = BertForTokenClassification.from_pretrained(minilm, labels=LABELS, seed=1)
     with torch.no_grad():
-        model.classifier.weight.mul_(20)  # sure enough of itself to have entities
+        model.head.classifier.weight.mul_(20)  # sure enough of itself to have entities
     model.save_pretrained(folder)
     Tagger(model, minibert.Tokenizer.from_pretrained(minilm)).tokenizer.save_pretrained(folder)
     return folder
@@ -72,7 +72,7 @@ def test_what_is_shown_is_what_was_computed(trained: Path, attn: str, pack: bool
     assert len(inside.predictions) == 7
     hidden = [t["embeddings"], *(t[f"layers.{i}.ffn_norm"] for i in range(6))]
     for said, x_ND in zip(inside.predictions, hidden):
-        best = tagger.model.classifier(x_ND).softmax(-1).max(-1)
+        best = tagger.model.head.classifier(x_ND).softmax(-1).max(-1)
         assert [label.name for label in said] == [LABELS[i] for i in best.indices]
         assert [label.score for label in said] == pytest.approx(best.values.tolist(), abs=1e-5)
     assert [label.name for label in inside.predictions[-1]] == [LABELS[i] for i in logits.argmax(1)]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import minibert
 from benchmarks import kernel_resources
 from minibert import BertConfig, BertForTokenClassification
-from minibert.model import residual
-from minibert.speed import cuda
+from minibert.model import encoder
+from minibert.speed import cuda, fused
 from minibert.speed.cuda import attention, build, norm, ops
 
 EPS = 1e-2  # large enough to be missed if it is left out
@@ -189,7 +189,7 @@ def test_where_the_kernels_cannot_run_it_is_torch() -> None:
     layer, dropout = nn.LayerNorm(64, eps=EPS), nn.Dropout(0.5)
     y_ND, x_ND = torch.randn(2, 5, 64)
     found = []
-    for add_norm in (residual.plain, residual.fused):
+    for add_norm in (encoder.add_norm, fused.add_norm):
         torch.manual_seed(3)
         found.append(add_norm(y_ND, x_ND, layer, dropout.train()))
         found.append(add_norm(y_ND, x_ND, layer, dropout.eval()))
@@ -203,15 +203,15 @@ def test_fused_attention_brings_it_and_a_trace_sees_through_it() -> None:
         vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=64, labels=("O",),
     )  # fmt: skip
-    assert BertForTokenClassification(config, "fused").bert.layers[0].add_norm is residual.fused
+    assert BertForTokenClassification(config, "fused").bert.layers[0].add_norm is fused.add_norm
     model = BertForTokenClassification(config, "sdpa").eval()
-    assert model.bert.layers[0].add_norm is residual.plain
-    model.bert.layers[1].add_norm = residual.fused
+    assert model.bert.layers[0].add_norm is encoder.add_norm
+    model.bert.layers[1].add_norm = fused.add_norm
     ids = torch.arange(6)[None]
     with minibert.trace(model) as t:
         logits = model(ids).logits
     assert t["layers.1.attention_norm"].shape == (1, 6, 64)
-    assert model.bert.layers[1].add_norm is residual.fused
+    assert model.bert.layers[1].add_norm is fused.add_norm
     assert torch.equal(model(ids).logits, logits)
 
 

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import BertConfig, BertForTokenClassification, Packed
-from minibert.model.attention import choose
+from minibert.machine import Chosen
 from minibert.model.layout import Padded
+from minibert.pretrained import config_json
 from minibert.pretrained.weights import names_of
+from minibert.speed import fused
 from minibert.speed.cuda import FusedUnavailableError
+from minibert.speed.fused import choose
 
 CONFIG = BertConfig(
     vocab_size=101,
@@ -103,7 +106,7 @@ def test_packed_error_is_within_twice_the_references_own(
     truth, true_gradient = run(model(attn, dtype).double(), padded_inputs)
     theirs = transformers.BertForTokenClassification(
         transformers.BertConfig(
-            **CONFIG.to_dict("BertForTokenClassification"), attn_implementation=attn
+            **config_json.to_dict(CONFIG, "BertForTokenClassification"), attn_implementation=attn
         )
     )
     theirs = theirs.to(dtype).eval()
@@ -183,12 +186,14 @@ def test_a_mask_that_hides_nothing_is_no_mask() -> None:
 def test_what_the_kernels_are_told_of_a_padded_batch() -> None:
     ids = torch.zeros(3, 4, dtype=torch.long)
     full = Padded.from_mask(ids, None)
-    assert full.starts.tolist() == [0, 4, 8, 12]
+    full_starts = fused.starts(full, torch.device("cpu"))
+    assert full_starts.tolist() == [0, 4, 8, 12]
     mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     holed = Padded.from_mask(ids, mask)
-    assert holed.starts.tolist() == [0, 2, 2, 6]
-    assert holed.real_tokens.tolist() == [0, 2, 8, 9, 10, 11]
-    assert full.starts.dtype == holed.starts.dtype == torch.int32
+    tokens, starts = fused.real_tokens(holed)
+    assert starts.tolist() == [0, 2, 2, 6]
+    assert tokens.tolist() == [0, 2, 8, 9, 10, 11]
+    assert full_starts.dtype == starts.dtype == torch.int32
 
 
 def test_fused_without_a_gpu_says_so() -> None:
@@ -197,7 +202,7 @@ def test_fused_without_a_gpu_says_so() -> None:
     with pytest.raises(FusedUnavailableError, match="needs a CUDA device, not cpu: use attn_impl"):
         net(ids)
     choice = choose("auto", torch.device("cpu"), torch.float32, 32)
-    assert choice == ("sdpa", "fused attention needs a CUDA device, not cpu")
+    assert choice == Chosen("sdpa", "fused attention needs a CUDA device, not cpu")
     with pytest.raises(FusedUnavailableError):
         choose("fused", torch.device("cpu"), torch.float16, 64)
 

@@ -14,6 +14,7 @@ from torch import nn
 import minibert
 from minibert import BertForTokenClassification, Tagger, Tokenizer, cli, machine
 from minibert.files import MinibertError
+from minibert.model.encoder import EncoderLayer
 from minibert.speed import prepacked
 from minibert.speed.prepacked import (
     MANY_ROWS,
@@ -50,12 +51,12 @@ def test_the_error_is_within_twice_that_of_the_plain_layers(
     dtype, linear, avx2 = KINDS[kind]
     monkeypatch.setattr(prepacked, "AVX2", avx2)
     found = choose(CPU, dtype, may_round=linear is HalfLinear)
-    if found.linear is not linear:
+    if found.value is not linear:
         pytest.skip(found.reason)
     net, fast = model(attn, dtype), model(attn, dtype)
     if linear is HalfLinear:
         with torch.no_grad():
-            for layer in net.bert.plain_layers():
+            for layer in net.bert.layers:
                 for module in layer.modules():
                     if isinstance(module, nn.Linear):
                         module.weight.copy_(module.weight.half())
@@ -100,7 +101,7 @@ def test_a_tagger_has_them_unless_it_is_to_be_looked_into(directory: Path, tmp_p
     fast = Tagger.from_pretrained(directory, dtype="fp32", device="cpu")
     plain = Tagger.from_pretrained(directory, dtype="fp32", device="cpu", prepack=False)
     assert all(isinstance(layer, PrepackedLayer) for layer in fast.model.bert.layers)
-    assert len(plain.model.bert.plain_layers()) == len(plain.model.bert.layers)
+    assert all(isinstance(layer, EncoderLayer) for layer in plain.model.bert.layers)
     with minibert.trace(plain.model):
         plain("who directed jaws")
 
@@ -115,10 +116,10 @@ def test_a_tagger_has_them_unless_it_is_to_be_looked_into(directory: Path, tmp_p
 
 
 def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(CPU, torch.float32).linear is BlockedLinear
+    assert choose(CPU, torch.float32).value is BlockedLinear
     assert "CPU" in choose(torch.device("cuda"), torch.float16).reason
-    assert not choose(torch.device("cuda"), torch.float16).linear
-    assert not choose(CPU, torch.float64).linear
+    assert not choose(torch.device("cuda"), torch.float16).value
+    assert not choose(CPU, torch.float64).value
     monkeypatch.setattr(prepacked, "BLOCKED", ("mkldnn::_gone",))
     assert choose(CPU, torch.float32).reason == f"torch {torch.__version__} has no mkldnn::_gone"
 
@@ -134,7 +135,7 @@ def test_weights_are_rounded_with_avx2_alone_and_where_no_dtype_was_asked_for(
     monkeypatch.setattr(prepacked, "AVX2", False)
     assert kind("auto") is BlockedLinear
     monkeypatch.setattr(prepacked, "AVX2", True)
-    if choose(CPU, torch.float32, may_round=True).linear is not HalfLinear:
+    if choose(CPU, torch.float32, may_round=True).value is not HalfLinear:
         pytest.skip("torch was built without FBGEMM")
     assert kind("auto") is HalfLinear
     assert kind("fp32") is BlockedLinear
@@ -155,7 +156,7 @@ def test_a_person_is_told_how_the_model_runs(
     assert told("--dtype", "fp32").endswith("weights laid out for oneDNN\n")
     monkeypatch.setattr(machine, "cpu_flags", frozenset)
     monkeypatch.setattr(prepacked, "AVX2", True)
-    if choose(CPU, torch.float32, may_round=True).linear is HalfLinear:
+    if choose(CPU, torch.float32, may_round=True).value is HalfLinear:
         assert told().endswith("weights rounded to fp16 and laid out for FBGEMM\n")
 
 
@@ -164,12 +165,12 @@ def test_a_weight_too_large_for_fp16_is_refused(
 ) -> None:
     monkeypatch.setattr(machine, "cpu_flags", frozenset)
     monkeypatch.setattr(prepacked, "AVX2", True)
-    if choose(CPU, torch.float32, may_round=True).linear is not HalfLinear:
+    if choose(CPU, torch.float32, may_round=True).value is not HalfLinear:
         pytest.skip("torch was built without FBGEMM")
     HalfLinear(torch.full((3, 2), -65504.0), torch.zeros(3))
     net = BertForTokenClassification.from_pretrained(directory)
     with torch.no_grad():
-        net.bert.plain_layers()[1].feed_forward.up.weight[3, 4] = -1e5
+        net.bert.layers[1].feed_forward.up.weight[3, 4] = -1e5
     net.save_pretrained(directory)
     with pytest.raises(MinibertError) as refused:
         Tagger.from_pretrained(directory, device="cpu")
@@ -211,4 +212,4 @@ def test_padded_on_the_command_line_is_the_way_of_the_reference(directory: Path)
     options = cli._parser().parse_args(["tag", str(directory), "who", "--padded"])
     tagger = cli._tagger(options)
     assert not tagger.pack
-    assert tagger.model.bert.plain_layers()
+    assert all(isinstance(layer, EncoderLayer) for layer in tagger.model.bert.layers)

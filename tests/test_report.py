@@ -21,10 +21,11 @@ import minibert
 from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification
 from minibert.cli import main
 from minibert.files import MinibertError
+from minibert.machine import Chosen
 from minibert.model import attention
 from minibert.model.encoder import Embeddings
 from minibert.pretrained.tokenizer import Tokenizer
-from minibert.speed import cuda
+from minibert.speed import cuda, fused
 from minibert.study.parity import compare as parity_module
 from minibert.study.parity import ulps
 from minibert.study.parity.compare import TEXTS as TEXTS_OF_ITS_OWN
@@ -348,9 +349,7 @@ def test_fused_attention_is_held_to_a_bounded_error(tiny: Path, capsys, monkeypa
             ]
         )
 
-    monkeypatch.setattr(
-        attention, "choose", lambda name, *_: attention.Choice(name, "stands in for itself")
-    )
+    monkeypatch.setattr(fused, "choose", lambda name, *_: Chosen(name, "stands in for itself"))
     monkeypatch.setattr(cuda, "attend_packed", attend)
     for c in compare(tiny, TEXTS, attn=["fused"], dtypes=["fp32", "bf16"]):
         assert c.kept, (c.title, str(c.first_broken))

@@ -14,7 +14,7 @@ import fuzz
 import pytest
 
 from minibert import cli
-from minibert.tagging.tagger import POOL, POOL_CHARACTERS, pools
+from minibert.tagging.stream import POOL, POOL_CHARACTERS, pools
 from minibert.text.demo import generate
 
 QUERIES = [" ".join(sentence.words) for part in generate() for sentence in part]

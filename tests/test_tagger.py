@@ -20,7 +20,8 @@ from minibert import BertForTokenClassification, Tagger, Tokenizer, cli
 from minibert.files import MinibertError
 from minibert.model.labels import best_labels, may_follow
 from minibert.tagging.evaluate import evaluate
-from minibert.tagging.tagger import Entity, Label, Words, entities, join, read_ahead, split
+from minibert.tagging.stream import read_ahead
+from minibert.tagging.words import Entity, Label, Words, entities, join, split
 from minibert.text.bio import labels_of
 from minibert.text.demo import generate
 
@@ -33,7 +34,7 @@ def directory(minilm: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tagger")
     model = BertForTokenClassification.from_pretrained(minilm, labels=labels_of(TRAIN), seed=0)
     with torch.no_grad():
-        model.classifier.weight.mul_(20)
+        model.head.classifier.weight.mul_(20)
     model.save_pretrained(folder)
     Tokenizer.from_pretrained(minilm).save_pretrained(folder)
     return folder
@@ -106,13 +107,21 @@ def test_what_a_call_takes(tagger: Tagger) -> None:
     text, words = "who directed jaws", ["who", "directed", "jaws"]
     one = tagger(text)
     assert all(isinstance(entity, Entity) for entity in one)
-    assert tagger(words) == one
-    # Beside others the last bits of a score may differ: compare the rest.
+    assert list(tagger.tag_words([words])) == [one]
+    # In a batch with others the last bits of a score may differ: compare the rest.
     bare = [entity[:4] for entity in one]
-    for several in ([words, text], [text, "alien"]):
+    for several in ([text, "alien"], (text, "alien"), iter([text, "alien"]), ["jaws", text][::-1]):
         assert [entity[:4] for entity in tagger(several)[0]] == bare
+    assert len(tagger(["jaws", "alien"])) == 2  # two texts, whatever they contain
     assert tagger("") == tagger([]) == tagger(" \n ") == []
     assert tagger(["", "two words"])[0] == []
+    for wrong in ([words], [None], 7):
+        with pytest.raises(TypeError):
+            tagger(wrong)
+    with pytest.raises(TypeError, match="give texts to tag_texts"):
+        list(tagger.tag_words([text]))
+    with pytest.raises(TypeError, match="call the tagger itself"):
+        tagger.tag_texts(text)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +192,7 @@ def test_models_that_cannot_tag_are_refused(directory: Path, minilm: Path, tmp_p
         Tagger.from_pretrained(tmp_path / "none")
     model = BertForTokenClassification.from_pretrained(minilm, num_labels=2)
     tokenizer = Tokenizer.from_pretrained(minilm)
-    with pytest.raises(MinibertError, match="the label 'LABEL_0' is none"):
+    with pytest.raises(MinibertError, match="the label 'LABEL_0' is not O"):
         Tagger(model, tokenizer)
 
 
@@ -365,7 +374,7 @@ def test_answers_are_read_in_order_and_not_before_they_are_due(depth: int) -> No
 def test_pools_started_ahead_give_the_same(tagger: Tagger, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the next pool is under way while one is read."""
     texts = [" ".join(s.words) for s in TEST[:40]]
-    monkeypatch.setattr("minibert.tagging.tagger.POOL", 7)
+    monkeypatch.setattr("minibert.tagging.stream.POOL", 7)
     assert tagger.depth == 0
     expected = list(tagger.tag_texts(texts))
     labels = list(tagger.label([text.split() for text in texts]))

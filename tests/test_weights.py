@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.child import run_child
 from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer
 from minibert.files import MinibertError, give_back
-from minibert.pretrained import weights
+from minibert.pretrained import config_json, load, weights
 from minibert.study.published import check_scores, fill_mask
 
 CONFIG = BertConfig(
@@ -170,7 +170,7 @@ def test_every_naming_loads(tmp_path: Path, rename) -> None:
     folder = saved(tmp_path / "a", rename, **extra)
     model = BertForTokenClassification.from_pretrained(folder)
     reference = BertForTokenClassification.from_pretrained(saved(tmp_path / "b"))
-    assert model.load_report == weights.LoadReport((), ())
+    assert model.load_report == load.LoadReport((), ())
     assert str(model.load_report) == "every tensor used, none missing"
     for (name, a), b in zip(model.named_parameters(), reference.parameters()):
         assert torch.equal(a, b), name
@@ -230,11 +230,11 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_what_transformers_saves_opens_here(tmp_path: Path) -> None:
     theirs = transformers.BertForTokenClassification(
-        transformers.BertConfig(**CONFIG.to_dict("BertForTokenClassification"))
+        transformers.BertConfig(**config_json.to_dict(CONFIG, "BertForTokenClassification"))
     ).eval()
     theirs.save_pretrained(tmp_path)
     ours = BertForTokenClassification.from_pretrained(tmp_path, attn_implementation="sdpa")
-    assert ours.load_report == weights.LoadReport((), ())
+    assert ours.load_report == load.LoadReport((), ())
     ids = torch.tensor([[1, 5, 9]])
     with torch.inference_mode():
         assert torch.equal(theirs(ids).logits, ours(ids).logits)
@@ -243,10 +243,10 @@ def test_what_transformers_saves_opens_here(tmp_path: Path) -> None:
 def test_loaded_weights_do_not_follow_the_file(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a")
     model = BertForTokenClassification.from_pretrained(folder)
-    before = model.classifier.weight.clone()
+    before = model.head.classifier.weight.clone()
     path = folder / "model.safetensors"
     path.write_bytes(b"\0" * path.stat().st_size)
-    assert torch.equal(model.classifier.weight, before)
+    assert torch.equal(model.head.classifier.weight, before)
 
 
 # What is bad ends in one clear line.
@@ -304,8 +304,8 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         ),
         ({"vocab_size": 96}, "word_embeddings.weight has shape"),
         ({"num_attention_heads": 5}, "not a multiple"),
-        ({"hidden_size": "24"}, "hidden_size must be a positive integer"),
-        ({"hidden_size": -24}, "hidden_size must be a positive integer"),
+        ({"hidden_size": "24"}, "hidden_size must be an integer from 1"),
+        ({"hidden_size": -24}, "hidden_size must be an integer from 1"),
         ({"hidden_dropout_prob": 1.5}, r"must be in \[0, 1\)"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"model_type": "roberta"}, "model_type is 'roberta'"),
@@ -344,7 +344,7 @@ def test_tensors_of_another_kind_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a", classifier__bias=torch.zeros(3, dtype=torch.int64))
     refused(folder, "classifier.bias has dtype torch.int64")
     save_file({"conv.weight": torch.ones(2)}, folder / "model.safetensors")
-    refused(folder, "no tensor of a BERT in it")
+    refused(folder, "holds no tensor of a BERT")
     untied = {"cls__predictions__decoder__weight": torch.ones(97, 24)}
     refused(saved(tmp_path / "b", **untied), "decoder.weight differs")
 
@@ -363,7 +363,7 @@ import resource, signal, sys
 from minibert import BertForTokenClassification, MinibertError
 model = BertForTokenClassification.from_pretrained(sys.argv[1])
 with __import__("torch").no_grad():
-    model.classifier.bias.fill_(5.0)
+    model.head.classifier.bias.fill_(5.0)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
@@ -412,10 +412,13 @@ def test_loading_never_holds_both_the_file_and_the_copy(tmp_path: Path) -> None:
     BertForTokenClassification(config).save_pretrained(tmp_path)
     megabytes = (tmp_path / "model.safetensors").stat().st_size / 2**20
     assert megabytes > 140
-    load = "import sys; from minibert import BertForTokenClassification as B, weights; "
+    imports = (
+        "import sys; from minibert import BertForTokenClassification as B; "
+        "from minibert.pretrained import load; "
+    )
     peaks = [
-        run_child([sys.executable, "-c", load + rest, tmp_path])
-        for rest in ("B; weights.Blank", "B.from_pretrained(sys.argv[1])")
+        run_child([sys.executable, "-c", imports + rest, tmp_path])
+        for rest in ("B; load.Blank", "B.from_pretrained(sys.argv[1])")
     ]
     assert 0.9 < (peaks[1] - peaks[0]) / megabytes < 1.4
 

@@ -1,4 +1,1 @@
-"""The model itself: read this folder to understand BERT.
-
-Reading order: layout.py, encoder.py, attention.py; then config.py and labels.py.
-"""
+"""BERT. Reading order: layout.py, encoder.py, attention.py, heads.py, labels.py, config.py."""

@@ -1,12 +1,11 @@
-"""Multi-head self-attention, three times with one signature.
+"""Multi-head self-attention, softmax(q kᵀ / √K + mask) v, twice with one signature.
 
     attend(q_NHK, k_NHK, v_NHK, layout, dropout_p) -> Attended
 
-``eager``  softmax(q kᵀ / √K + mask) v (Vaswani et al. 2017, equation 1), spelled out
+``eager``  equation 1 of Vaswani et al. 2017 (arXiv:1706.03762), spelled out
 ``sdpa``   the same by ``torch.nn.functional.scaled_dot_product_attention``
-``fused``  the project's own CUDA kernels on sequences without padding (``minibert/kernels``)
 
-The model picks one of them once, when it is built (``choose``), and never asks again.
+The model picks one when it is built (``encoder.IMPLEMENTATIONS``) and never asks again.
 Shape legend: see layout.py.
 """
 
@@ -19,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert.model.layout import Block, Layout, Padded
-from minibert.speed import cuda
+from minibert.model.layout import Block, Layout
 
 
 class Attended(NamedTuple):
-    """What attention gives back."""
+    """The result of attention."""
 
     context_NHK: Tensor
-    probs: list[Tensor] | None  # eager only: one (rows, H, S, S) a block, dropout applied
+    probs: list[Tensor] | None  # eager only: one (rows, H, S, S) a block, after dropout
 
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Layout, float], Attended]
@@ -48,42 +46,40 @@ def eager(
     """
     contexts, probs = [], []
     for block, q_BHSK, k_BHSK, v_BHSK in rectangles(layout, q_NHK, k_NHK, v_NHK):
-        scores_BHSS = scores(block, q_BHSK, k_BHSK)
-        probs_BHSS = F.dropout(F.softmax(scores_BHSS, dim=-1), dropout_p)
-        contexts.append(_flat(torch.matmul(probs_BHSS, v_BHSK)))
+        probs_BHSS = F.dropout(F.softmax(scores(block, q_BHSK, k_BHSK), dim=-1), dropout_p)
+        contexts.append(torch.matmul(probs_BHSS, v_BHSK))
         probs.append(probs_BHSS)
-    return Attended(_join(contexts), probs)
+    return Attended(_flat(contexts), probs)
 
 
 def scores(block: Block, q_BHSK: Tensor, k_BHSK: Tensor) -> Tensor:
     """q kᵀ / √K + mask of one block: (rows, H, S, S)."""
     scores_BHSS = torch.matmul(q_BHSK, k_BHSK.transpose(2, 3)) * q_BHSK.shape[-1] ** -0.5
     if block.valid_BS is not None:
-        # The lowest finite value and not -inf: a row in which everything is hidden then
-        # becomes uniform attention instead of NaN.
-        mask_BS = torch.zeros_like(block.valid_BS, dtype=block.dtype)
-        mask_BS = mask_BS.masked_fill(~block.valid_BS, torch.finfo(block.dtype).min)
+        # The mask has the dtype of the hidden states, which autocast keeps in float32: there the
+        # mask widens the scores before the softmax, as in transformers.
+        autocast = torch.is_autocast_enabled(q_BHSK.device.type)
+        dtype = torch.float32 if autocast else scores_BHSS.dtype
+        # The lowest finite value, not -inf: a fully masked row gets uniform attention, not NaN.
+        mask_BS = torch.zeros_like(block.valid_BS, dtype=dtype)
+        mask_BS = mask_BS.masked_fill(~block.valid_BS, torch.finfo(dtype).min)
         scores_BHSS = scores_BHSS + mask_BS[:, None, None, :]
     return scores_BHSS
 
 
 def sdpa(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float) -> Attended:
-    """The same by PyTorch's kernel, which keeps no attention maps. Arguments as ``eager``."""
+    """PyTorch's kernel, which keeps no attention maps. Arguments as for ``eager``."""
     contexts = []
     for block, q_BHSK, k_BHSK, v_BHSK in rectangles(layout, q_NHK, k_NHK, v_NHK):
         mask_BHSS = None
         if block.valid_BS is not None:
             mask_BHSS = block.valid_BS[:, None, None, :].expand(-1, 1, block.length, -1)
+        scale = q_BHSK.shape[-1] ** -0.5
         context_BHSK = F.scaled_dot_product_attention(
-            q_BHSK,
-            k_BHSK,
-            v_BHSK,
-            attn_mask=mask_BHSS,
-            dropout_p=dropout_p,
-            scale=q_BHSK.shape[-1] ** -0.5,
+            q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_BHSS, dropout_p=dropout_p, scale=scale
         )
-        contexts.append(_flat(context_BHSK))
-    return Attended(_join(contexts), None)
+        contexts.append(context_BHSK)
+    return Attended(_flat(contexts), None)
 
 
 def rectangles(
@@ -91,8 +87,8 @@ def rectangles(
 ) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
     """Every block with its q, k and v as (rows, H, S, K): views, nothing is copied.
 
-    One block is the tensor itself: splitting it would copy its gradient, and in another memory
-    order the sums over it round differently.
+    A single block is not split: splitting would copy its gradient in another memory order, and
+    sums over it would round differently.
     """
     blocks = layout.blocks
     sizes = [block.rows * block.length for block in blocks]
@@ -102,80 +98,7 @@ def rectangles(
         yield block, *(x.view(shape).transpose(1, 2) for x in (q, k, v))
 
 
-def _flat(x_BHSK: Tensor) -> Tensor:
-    """(rows, H, S, K) back to (rows * S, H, K)."""
-    return x_BHSK.transpose(1, 2).flatten(0, 1)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def fused(
-    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float
-) -> Attended:
-    """The same without padding, on CUDA, by kernels that keep no attention maps.
-
-    The kernels know packed sentences only. Of a padded batch they get the real tokens; padding
-    comes back as zeros, and so does a row in which everything is hidden. Arguments as ``eager``.
-
-    Raises:
-        FusedUnavailableError: no fused kernel runs on this device in this dtype.
-    """
-    qkv = (q_NHK, k_NHK, v_NHK)
-    if isinstance(layout, Padded) and layout.valid_BS is not None:
-        context_NHK = cuda.attend_padded(
-            *qkv, layout.real_tokens, layout.starts, layout.max_length, dropout_p
-        )
-    else:
-        context_NHK = cuda.attend_packed(*qkv, layout.starts, layout.max_length, dropout_p)
-    return Attended(context_NHK, None)
-
-
-IMPLEMENTATIONS: dict[str, AttentionFn] = {"eager": eager, "sdpa": sdpa, "fused": fused}
-
-
-def implementation(name: str) -> AttentionFn:
-    """The attention function of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attn_implementation={name!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}"
-        )
-    return IMPLEMENTATIONS[name]
-
-
-class Choice(NamedTuple):
-    """An attention implementation and why it was taken."""
-
-    name: str
-    reason: str
-
-
-def choose(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> Choice:
-    """Settle "auto", and make sure that what was asked for by name can run.
-
-    Args:
-        name: "eager", "sdpa", "fused" or "auto": fused where it runs, else sdpa.
-        device: where the model runs.
-        dtype: of its parameters.
-        head_size: K.
-
-    Raises:
-        ValueError: no implementation has that name.
-        FusedUnavailableError: "fused" was asked for and cannot run here; it says why.
-    """
-    if name in ("eager", "sdpa"):
-        return Choice(name, "asked for")
-    if name not in ("fused", "auto"):
-        implementation(name)
-    try:
-        rung = cuda.choose(device, dtype, head_size)
-    except cuda.FusedUnavailableError as error:
-        if name == "fused":
-            raise
-        return Choice("sdpa", str(error).partition(": use ")[0])
-    return Choice("fused", f"{rung.name}: {rung.reason}")
+def _flat(contexts: list[Tensor]) -> Tensor:
+    """(rows, H, S, K) of every block to (N, H, K)."""
+    flat = [x_BHSK.transpose(1, 2).flatten(0, 1) for x_BHSK in contexts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)

@@ -1,27 +1,31 @@
-"""From scores of single words to labels that make sense together.
+"""BIO labels: which may follow which, and the most probable sequence that obeys.
 
-The classifier judges every word alone, so its best labels need not fit: an I-TITLE may follow an O.
-The most probable sequence among those that are well-formed BIO is found by dynamic programming
-(Viterbi 1967), with the classifier's log-probabilities and no learned transitions.
+A linear head judges every word alone, so its best labels need not fit together: an I-TITLE may
+follow an O. ``best_labels`` finds the most probable well-formed sequence by dynamic programming
+(Viterbi 1967), from the head's log-probabilities, with no learned transitions.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+IGNORE = -100  # the label of a token that does not count in the loss
+TAG = re.compile(r"O|[BI]-\S+")
+
 
 def may_follow(label: str, previous: str) -> bool:
-    """B- and O follow anything, I-X only B-X or I-X; before a sentence stands O."""
+    """B- and O follow anything, I-X only B-X or I-X. A sentence starts as if after O."""
     return label[0] != "I" or previous[1:] == label[1:]
 
 
 @lru_cache(maxsize=8)
 def _forbidden(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """What may not follow what, (labels, labels), row before column; and what may not begin."""
+    """(L, L) bool: the label of the column may not follow that of the row; (L,): nor start."""
     follow_LL = torch.tensor([[not may_follow(b, a) for b in names] for a in names])
     return follow_LL, torch.tensor([not may_follow(b, "O") for b in names])
 
@@ -30,16 +34,16 @@ def best_labels(logp_WL: Tensor, names: Sequence[str]) -> list[int]:
     """The most probable well-formed labels of one sentence.
 
     Args:
-        logp_WL: log-probabilities, (words, labels).
+        logp_WL: log-probabilities, (words, labels); at least one word.
         names: "O", "B-TYPE" or "I-TYPE" of each label.
 
     Returns:
         A label id for every word.
     """
     best = logp_WL.argmax(-1).tolist()
-    fits = (may_follow(names[b], names[a] if a >= 0 else "O") for a, b in zip([-1, *best], best))
-    if all(fits):
-        return best  # nothing can be more probable than the best label of every word
+    previous = ["O", *(names[i] for i in best)]
+    if all(may_follow(names[i], before) for i, before in zip(best, previous)):
+        return best  # no sequence is more probable than the best label of every word
     forbidden_LL, forbidden_first_L = _forbidden(tuple(names))
     score_L = logp_WL[0].masked_fill(forbidden_first_L, -torch.inf)
     came_from = []

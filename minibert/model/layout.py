@@ -1,18 +1,18 @@
-"""How the sentences of a batch lie in memory.
+"""Where the sentences of a batch lie in memory.
 
 The body of the model works on a flat list of tokens, ``x_ND``. Linear layers, LayerNorm, GELU and
-dropout do not know what a sentence is; only positions and attention do, and they ask the layout.
+dropout do not know what a sentence is. Only positions and attention do, and they ask the layout.
 
-``Padded``: B sentences of S tokens, the short ones filled up; N = B * S.
-``Packed``: B sentences end to end and nothing between them; N = the sum of their lengths.
+``Padded``: B sentences of S tokens, short ones filled up with padding. N = B * S.
+``Packed``: B sentences end to end, no padding. N = the sum of their lengths.
 
-To attention both are a few dense *blocks*, each a rectangle of equally long rows: a padded batch is
-one block with a mask, a packed batch one block for every run of neighbours of equal length.
-Sentences sorted by length therefore make few, large blocks; any order is correct.
+Attention sees either layout as dense *blocks*, rectangles of equally long rows. A padded batch is
+one block with a mask. A packed batch has a block for each run of neighbours of equal length:
+sentences sorted by length make few, large blocks, and any order is correct.
 
-Shape legend, used in every file of the project:
+Shape legend, for the whole project:
   B sentences   S padded length   N tokens in the batch   D hidden size   H heads   K head size
-  F feed-forward size   L labels   V vocabulary
+  F feed-forward size   L labels   V vocabulary   W words
 """
 
 from __future__ import annotations
@@ -29,89 +29,61 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """A rectangle of the flat token axis: ``rows`` sentences of ``length`` tokens each."""
+    """A rectangle of the token axis: ``rows`` sentences of ``length`` tokens each."""
 
     rows: int
     length: int
     valid_BS: Tensor | None = None  # (rows, length) bool; None when every position is a real token
-    dtype: torch.dtype = torch.float32  # of the hidden states, and so of an additive mask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Padded:
-    """B sentences of S tokens each, padding included.
+    """B sentences of S tokens each, padding included. Build with ``from_mask``.
 
     Args:
-        rows: B.
-        length: S.
-        valid_BS: (B, S) bool, True at real tokens; None when all are. Build with ``from_mask``.
-        device: where the batch is.
-        dtype: of the hidden states. Under autocast not that of the scores: a mask of this dtype
-            then widens them before the softmax, as it does in transformers.
+        rows, length: B and S.
+        valid_BS: (B, S) bool, True at real tokens; None when every position is one.
     """
 
     rows: int
     length: int
     valid_BS: Tensor | None = None
-    device: torch.device | None = None
-    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def from_mask(
-        cls,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Padded:
-        """Layout of padded ``input_ids`` (B, S); the mask, like it, is nonzero at real tokens.
+    def from_mask(cls, input_ids: Tensor, attention_mask: Tensor | None) -> Padded:
+        """Layout of ``input_ids`` (B, S) and a mask of the same shape, nonzero at real tokens.
 
-        A mask that hides nothing becomes None: the reference does the same, and attention without
-        a mask takes another kernel, whose last bits differ.
+        A mask that hides nothing becomes None, as in transformers: attention without a mask runs
+        another kernel, whose last bits differ.
 
         Raises:
-            ValueError: the mask's shape is not (B, S).
+            ValueError: the mask is not (B, S).
         """
         rows, length = input_ids.shape
         if attention_mask is None:
-            return cls(rows, length, None, input_ids.device, dtype)
+            return cls(rows, length)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, "
                 f"but input_ids has {(rows, length)}: they must be equal"
             )
         valid_BS = attention_mask != 0
-        hides = not bool(valid_BS.all())
-        return cls(rows, length, valid_BS if hides else None, input_ids.device, dtype)
+        return cls(rows, length, None if bool(valid_BS.all()) else valid_BS)
 
     @property
     def max_length(self) -> int:
         """Tokens of the longest row."""
         return self.length
 
-    @cached_property
-    def real_tokens(self) -> Tensor:
-        """Where the real tokens lie on the flat axis: int64, in order. Waits for a GPU, once."""
-        assert self.valid_BS is not None
-        return self.valid_BS.flatten().nonzero()[:, 0]
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """(B + 1,) int32: where each row's real tokens begin when padding is left out."""
-        if self.valid_BS is None:
-            stop = (self.rows + 1) * self.length
-            return torch.arange(0, stop, self.length, dtype=torch.int32, device=self.device)
-        return F.pad(self.valid_BS.sum(1).cumsum(0), (1, 0)).int()
-
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The whole batch as one block."""
-        return (Block(self.rows, self.length, self.valid_BS, self.dtype),)
+        return (Block(self.rows, self.length, self.valid_BS),)
 
     def spread_positions(self, table_PD: Tensor) -> Tensor:
         """Rows of the position table for every token: (N, D).
 
-        ``expand`` and not an index: its gradient is the sum over the batch, the order in which
-        transformers adds it up.
+        ``expand`` rather than an index: its gradient sums over the batch in transformers' order.
         """
         position_SD = table_PD[: self.length]
         return position_SD.expand(self.rows, -1, -1).reshape(-1, table_PD.shape[1])
@@ -121,17 +93,17 @@ class Padded:
         return x_N.view(self.rows, self.length, *x_N.shape[1:])
 
     def unflatten_maps(self, maps: list[Tensor]) -> Tensor:
-        """Attention maps by block to (B, H, S, S)."""
+        """Attention maps, one (rows, H, S, S) a block, to (B, H, S, S)."""
         return maps[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """B sentences end to end, no padding. Build with ``from_lengths``.
 
     Args:
-        lengths: tokens of each sentence, in the order they lie in memory.
-        starts: (B + 1,) int32, sentence b holds tokens ``starts[b]:starts[b + 1]``
+        lengths: tokens of each sentence, in memory order.
+        starts: (B + 1,) int32; sentence b holds tokens ``starts[b]:starts[b + 1]``
             (the ``cu_seqlens`` of flash attention).
         position_N: (N,) int64, each token's position in its sentence.
     """
@@ -147,7 +119,7 @@ class Packed:
         """Layout of sentences of these lengths.
 
         Raises:
-            ValueError: no sentence, or one of no tokens.
+            ValueError: there is no sentence, or an empty one.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be positive and at least one, got {list(lengths)[:8]}")
@@ -166,23 +138,23 @@ class Packed:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """One block for every run of neighbouring sentences of equal length."""
+        """One block for each run of neighbouring sentences of equal length."""
         return tuple(Block(sum(1 for _ in run), length) for length, run in groupby(self.lengths))
 
     def spread_positions(self, table_PD: Tensor) -> Tensor:
         """Rows of the position table for every token: (N, D).
 
-        ``embedding`` and not an index: the gradient of an index adds up in whatever order the
-        threads come by, and the same run would end in other bits.
+        ``embedding`` rather than an index, whose gradient sums in thread order and so would differ
+        from run to run.
         """
         return F.embedding(self.position_N, table_PD)
 
     def unflatten(self, x_N: Tensor) -> Tensor:
-        """A packed batch has no rectangle to return to: (N, ...) stays (N, ...)."""
+        """A packed batch is no rectangle: (N, ...) stays (N, ...)."""
         return x_N
 
     def unflatten_maps(self, maps: list[Tensor]) -> list[Tensor]:
-        """Attention maps by block to one (H, S, S) a sentence."""
+        """Attention maps, one (rows, H, S, S) a block, to one (H, S, S) a sentence."""
         return [map_HSS for block_BHSS in maps for map_HSS in block_BHSS]
 
 

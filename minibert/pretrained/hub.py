@@ -146,7 +146,7 @@ def _locate(source: Source, kind: str, name: str) -> Path:
 
 
 def _find(source: Source, kind: str, name: str) -> Path | None:
-    for folder in (_checkout() / kind / name, home() / kind / name):
+    for folder in (default_folder(kind, name), home() / kind / name):
         if all((folder / pin.name).is_file() for pin in source.files):
             for pin in source.files:
                 _check(folder / pin.name, pin)
@@ -155,14 +155,11 @@ def _find(source: Source, kind: str, name: str) -> Path | None:
 
 
 def default_folder(kind: str, name: str) -> Path:
-    """Where a download goes: into ``weights/`` of the checkout, else under ``home()``."""
-    if kind == "weights" and (_checkout() / "pyproject.toml").is_file():
-        return _checkout() / kind / name
+    """Where a download goes: ``weights/`` of a checkout, else under ``home()``."""
+    root = Path(__file__).resolve().parents[2]
+    if kind == "weights" and (root / "pyproject.toml").is_file():  # not installed from a wheel
+        return root / kind / name
     return home() / kind / name
-
-
-def _checkout() -> Path:
-    return Path(__file__).resolve().parent.parent
 
 
 def _check(path: Path, pin: Pin) -> None:

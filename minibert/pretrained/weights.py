@@ -8,16 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from minibert.files import MinibertError, give_back, parse_json, replacing
+from minibert.files import MinibertError, parse_json, replacing
 
 log = logging.getLogger("minibert")
 
@@ -33,8 +30,7 @@ DTYPE_NAMES = {
 HEADER_BYTES = 10 << 20  # of a safetensors file, at most; that of BERT-base has 25 kB
 NAME = re.compile(r"[\w.-]{1,300}")
 
-# Ours on the left, the checkpoint's on the right; {i} runs over the layers. The order is that of
-# the parameters in the module, which is also the order in which fresh ones are drawn.
+# Ours on the left, the checkpoint's on the right; {i} runs over the layers.
 NAMES = """
 bert.embeddings.word.weight            bert.embeddings.word_embeddings.weight
 bert.embeddings.position.weight        bert.embeddings.position_embeddings.weight
@@ -57,21 +53,14 @@ bert.layers.{i}.feed_forward.down.weight bert.encoder.layer.{i}.output.dense.wei
 bert.layers.{i}.feed_forward.down.bias bert.encoder.layer.{i}.output.dense.bias
 bert.layers.{i}.feed_forward_norm.weight bert.encoder.layer.{i}.output.LayerNorm.weight
 bert.layers.{i}.feed_forward_norm.bias bert.encoder.layer.{i}.output.LayerNorm.bias
-classifier.weight                      classifier.weight
-classifier.bias                        classifier.bias
-bias                                   cls.predictions.bias
-transform.weight                       cls.predictions.transform.dense.weight
-transform.bias                         cls.predictions.transform.dense.bias
-transform_norm.weight                  cls.predictions.transform.LayerNorm.weight
-transform_norm.bias                    cls.predictions.transform.LayerNorm.bias
+head.classifier.weight                 classifier.weight
+head.classifier.bias                   classifier.bias
+head.bias                              cls.predictions.bias
+head.transform.weight                  cls.predictions.transform.dense.weight
+head.transform.bias                    cls.predictions.transform.dense.bias
+head.norm.weight                       cls.predictions.transform.LayerNorm.weight
+head.norm.bias                         cls.predictions.transform.LayerNorm.bias
 """
-
-# Names that say nothing new: a buffer holding 0, 1, 2, ..., and copies of tied weights.
-REDUNDANT = {
-    "bert.embeddings.position_ids": None,
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
 
 
 def names_of(model: nn.Module) -> dict[str, str]:
@@ -83,22 +72,6 @@ def names_of(model: nn.Module) -> dict[str, str]:
         pattern = ours.replace(f".{layer}.", ".{i}.") if layer else ours
         names[ours] = table[pattern].replace("{i}", layer)
     return names
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a checkpoint held that was not used, and what it lacked; names as in the checkpoint."""
-
-    unused: tuple[str, ...]
-    initialised: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = []
-        if self.unused:
-            lines.append("unused: " + ", ".join(self.unused))
-        if self.initialised:
-            lines.append("newly initialised: " + ", ".join(self.initialised))
-        return "\n".join(lines) or "every tensor used, none missing"
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -178,110 +151,6 @@ def _canonical(name: str) -> str:
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
         name = "bert." + name
     return name
-
-
-class Blank(TorchFunctionMode):
-    """Within it a module is built as shapes alone, and draws nothing: ``fill`` brings the values.
-
-    ``torch.device("meta")`` by itself runs the drawing on shapes, in Python code that imports
-    torch's compiler: as slow again as all of ``import torch``.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Leave out what ``nn.init`` does; tensors that are made are made on the meta device."""
-        kwargs = kwargs or {}
-        if func is Tensor.normal_:
-            return args[0]
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"]
-        with torch.device("meta"):
-            return func(*args, **kwargs)
-
-
-def fill(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype,
-    initializer_range: float,
-    source: Path | str,
-    last_use: bool = False,
-) -> LoadReport:
-    """Give a model built on the meta device its parameters, drawing those that are not there.
-
-    Args:
-        model: as built under ``Blank()``.
-        tensors: what ``read`` gave.
-        dtype: of the parameters afterwards, fresh ones drawn in it.
-        initializer_range: standard deviation of fresh weights.
-        source: for messages.
-        last_use: nobody reads ``tensors`` afterwards: what the file's pages take of memory is
-            given back as they are copied, so that it never holds both in full.
-
-    Raises:
-        MinibertError: a tensor of another shape, or of no floating type; or most are not there.
-    """
-    names = names_of(model)
-    there = missing = 0  # parameters; all are looked at before memory is taken for one
-    for ours, theirs in names.items():
-        wanted = tuple(model.get_parameter(ours).shape)
-        tensor = tensors.get(theirs)
-        if tensor is None:
-            missing += math.prod(wanted)
-            continue
-        there += math.prod(wanted)
-        if tuple(tensor.shape) != wanted:
-            raise MinibertError(
-                f"{source}: {theirs} has shape {tuple(tensor.shape)}, but config.json "
-                f"and the labels ask for {wanted}: use the config.json that belongs to it"
-            )
-        if not tensor.is_floating_point():
-            raise MinibertError(
-                f"{source}: {theirs} has dtype {tensor.dtype}: weights must be floating point"
-            )
-    if not there:
-        raise MinibertError(
-            f"{source}: no tensor of a BERT in it (it has {', '.join(sorted(tensors)[:3])} ...): "
-            "name the checkpoint of a BERT"
-        )
-    if missing > there:
-        raise MinibertError(
-            f"{source}: holds {there} of the {there + missing} parameters that config.json and the "
-            "labels ask for: use the config.json that belongs to it"
-        )
-    for name, original in REDUNDANT.items():
-        if original is None or name not in tensors or original not in names.values():
-            continue
-        copy, tied = tensors[name], tensors.get(original, tensors[name])
-        if copy.dtype != tied.dtype or not torch.equal(copy, tied):
-            raise MinibertError(
-                f"{source}: {name} differs from {original}, to which it is tied in BERT: "
-                "use a checkpoint with tied embeddings"
-            )
-    state, initialised = {}, []
-    for ours, theirs in names.items():
-        if theirs in tensors:
-            # A copy: the mapped file must not change under a loaded model.
-            state[ours] = tensors[theirs].to(dtype, copy=True)
-            if last_use:
-                give_back(tensors[theirs].data_ptr(), tensors[theirs].nbytes)
-        else:
-            wanted = tuple(model.get_parameter(ours).shape)
-            state[ours] = fresh(ours, wanted, dtype, initializer_range)
-            initialised.append(theirs)
-    model.load_state_dict(state, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    used = set(names.values()) | REDUNDANT.keys()
-    return LoadReport(tuple(sorted(tensors.keys() - used)), tuple(initialised))
-
-
-def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> Tensor:
-    """A new parameter by BERT's rule: norms 1, biases 0, all else drawn from N(0, std)."""
-    if name.endswith("bias"):
-        return torch.zeros(shape, dtype=dtype)
-    if "norm." in name:
-        return torch.ones(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype).normal_(0.0, std)
 
 
 def save(model: nn.Module, path: Path) -> None:

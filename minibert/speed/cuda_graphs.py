@@ -16,16 +16,15 @@ and whether it may happen is asked in between. Shape legend: see layout.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minibert.files import MinibertError
-from minibert.model.encoder import BertForTokenClassification
+from minibert.model.heads import BertForTokenClassification
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
-from minibert.text.bio import Batch
 
 MOST = 12  # graphs; each keeps gradients of its own, as large as the model
 
@@ -106,7 +105,7 @@ class Places(NamedTuple):
         scale = torch.ones((), device=device)
         return cls(ids_N, labels_N, Packed(lengths, starts, position_N), scale)
 
-    def fill(self, batch: Batch, scale: float) -> None:
+    def fill(self, batch: Any, scale: float) -> None:
         """Copy a batch of this size here; sentences that it has not are empty."""
         ids_N, labels_N = batch.inputs["input_ids"], batch.inputs["labels"]
         layout = batch.inputs["layout"]
@@ -192,7 +191,7 @@ class Graphs:
         self.parameters = list(model.parameters())
         self.recordings: dict[Size, tuple[Places, Recording]] = {}
 
-    def backward(self, batch: Batch, scale: float = 1.0) -> Tensor:
+    def backward(self, batch: Any, scale: float = 1.0) -> Tensor:
         """The loss of a batch; and to every parameter the gradient of the loss times ``scale``.
 
         Args:

@@ -14,14 +14,15 @@ differ, and they can be neither trained nor saved nor looked into. Shape legend:
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.machine import Chosen
 from minibert.model.attention import AttentionFn, sdpa
-from minibert.model.encoder import BertWithHead, EncoderLayer
+from minibert.model.encoder import EncoderLayer
+from minibert.model.heads import BertWithHead
 from minibert.model.layout import Layout
 
 # What torch.compile and torch.ao.quantization make of a linear layer on a CPU. The operations are
@@ -116,14 +117,9 @@ class HalfLinear:
 Linear = type[BlockedLinear] | type[HalfLinear]
 
 
-class Choice(NamedTuple):
-    """How layers are prepacked, None where they are not; and why."""
-
-    linear: Linear | None
-    reason: str
-
-
-def choose(device: torch.device, dtype: torch.dtype, may_round: bool = False) -> Choice:
+def choose(
+    device: torch.device, dtype: torch.dtype, may_round: bool = False
+) -> Chosen[Linear | None]:
     """How a model that only answers gets prepacked layers.
 
     Args:
@@ -132,23 +128,23 @@ def choose(device: torch.device, dtype: torch.dtype, may_round: bool = False) ->
         may_round: the weights may be rounded, since nobody asked for this very dtype.
     """
     if device.type != "cpu":
-        return Choice(None, "only a CPU lays weights out anew in every call")
+        return Chosen(None, "only a CPU lays weights out anew in every call")
     if may_round and AVX2 and dtype == torch.float32 and all(map(_is_there, HALF)):
         reason = "FBGEMM reads weights in fp16 and multiplies in fp32, fastest with AVX2 alone"
-        return Choice(HalfLinear, reason)
+        return Chosen(HalfLinear, reason)
     if not torch.backends.mkldnn.is_available():
-        return Choice(None, "torch was built without oneDNN")
+        return Chosen(None, "torch was built without oneDNN")
     for name in BLOCKED:
         if not _is_there(name):
-            return Choice(None, f"torch {torch.__version__} has no {name}")
+            return Chosen(None, f"torch {torch.__version__} has no {name}")
     supported = {
         torch.float32: True,
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
     if not supported.get(dtype, False):
-        return Choice(None, f"oneDNN does not multiply {dtype} on this CPU")
-    return Choice(BlockedLinear, "oneDNN finds the weights laid out as it reads them")
+        return Chosen(None, f"oneDNN does not multiply {dtype} on this CPU")
+    return Chosen(BlockedLinear, "oneDNN finds the weights laid out as it reads them")
 
 
 def _is_there(operation: str) -> bool:
@@ -158,17 +154,16 @@ def _is_there(operation: str) -> bool:
         return False
 
 
-Attended = tuple[Tensor, list[Tensor] | None]
-
-
-def _by_parts(attend: AttentionFn, qkv_N3HK: Tensor, layout: Layout) -> Attended:
+def _by_parts(
+    attend: AttentionFn, qkv_N3HK: Tensor, layout: Layout
+) -> tuple[Tensor, list[Tensor] | None]:
     """Attention of q, k and v side by side: the context (N, D), and the maps if there are any."""
     q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
     context_NHK, probs = attend(q_NHK, k_NHK, v_NHK, layout, 0.0)
     return context_NHK.flatten(1), probs
 
 
-def _sdpa(qkv_N3HK: Tensor, layout: Layout) -> Attended:
+def _sdpa(qkv_N3HK: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor] | None]:
     """The same as ``_by_parts(sdpa, ...)``, by half as many views.
 
     They move no number, but for one sentence they took a twentieth of the whole time.

@@ -20,7 +20,8 @@ from minibert.files import MinibertError
 from minibert.machine import name_of
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.study.trace import trace
-from minibert.tagging.tagger import Entity, Label, Tagger, entities, split
+from minibert.tagging.tagger import Tagger
+from minibert.tagging.words import Entity, Label, entities, split
 from minibert.text.bio import Example, examples_of, packed, padded
 
 WIDEST = 12  # characters of a label in the terminal
@@ -80,7 +81,7 @@ def look(tagger: Tagger, text: str, window: int = 1) -> Inside:
             f"window {window}: the text has {len(examples)}: give a number from 1 on"
         )
     example = examples[window - 1]
-    device = model.classifier.weight.device
+    device = model.device
     if tagger.pack:
         batch = packed([example], device)
     else:
@@ -108,7 +109,7 @@ def look(tagger: Tagger, text: str, window: int = 1) -> Inside:
         predictions=[_best(logits_SL, model.config.labels) for logits_SL in logits],
         maps=maps,
         attn=model.attn_implementation,
-        dtype=name_of(model.classifier.weight.dtype),
+        dtype=name_of(model.dtype),
         layout="packed" if tagger.pack else "padded",
     )
 

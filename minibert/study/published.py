@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minibert.files import MinibertError, sha256_of
-from minibert.model.encoder import BertForMaskedLM
+from minibert.model.heads import BertForMaskedLM
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 
@@ -128,7 +128,7 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str) -> Tensor
     ids = tokenizer.encode(text)
     if ids.count(tokenizer.mask_id) != 1:
         raise ValueError(f"{text!r} must hold [MASK] exactly once")
-    logits_BSV = model(torch.tensor([ids], device=model.bias.device)).logits
+    logits_BSV = model(torch.tensor([ids], device=model.device)).logits
     return logits_BSV[0, ids.index(tokenizer.mask_id)].float().softmax(-1)
 
 

@@ -44,9 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.model import attention, residual
+from minibert.model import attention, encoder
 from minibert.model.attention import Attended, AttentionFn
-from minibert.model.encoder import BertWithHead
+from minibert.model.encoder import EncoderLayer
+from minibert.model.heads import BertWithHead
 from minibert.model.layout import Layout, Padded
 
 Write = Callable[[Tensor], Tensor]
@@ -187,31 +188,37 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
         undo.callback(start.remove)
         on_input(model.bert.embeddings.norm, "embeddings.sum")
         on_output(model.bert.embeddings, "embeddings")
-        for i, layer in enumerate(model.bert.plain_layers()):
+        for i, layer in enumerate(plain_layers(model)):
             prefix = f"layers.{i}."
             attend = layer.attention.attend
             undo.callback(setattr, layer.attention, "attend", attend)
             layer.attention.attend = partial(_attend, t, prefix, attend)
             # The fused one would pass by the hooks.
             undo.callback(setattr, layer, "add_norm", layer.add_norm)
-            layer.add_norm = residual.plain
+            layer.add_norm = encoder.add_norm
             on_output(layer.attention.output, prefix + "attention_output")
             on_output(layer.attention_norm, prefix + "attention_norm")
             on_output(layer.feed_forward.up, prefix + "pre_gelu")
             on_input(layer.feed_forward.down, prefix + "post_gelu")
             on_output(layer.feed_forward.down, prefix + "ffn_output")
             on_output(layer.feed_forward_norm, prefix + "ffn_norm")
-        outer = vars(model).get("head")  # another trace's, where two are nested
-        head = model.head
-        undo.callback(_restore_head, model, outer)
-        model.__dict__["head"] = lambda x_ND: t._see("logits", head(x_ND))
+        on_output(model.head, "logits")
         yield t
 
 
-def _restore_head(model: BertWithHead, outer: Callable[[Tensor], Tensor] | None) -> None:
-    del model.__dict__["head"]
-    if outer is not None:
-        model.__dict__["head"] = outer
+def plain_layers(model: BertWithHead) -> list[EncoderLayer]:
+    """The encoder layers of a model.
+
+    Raises:
+        ValueError: they are prepacked and have no parts to look into.
+    """
+    layers = [layer for layer in model.bert.layers if isinstance(layer, EncoderLayer)]
+    if len(layers) < len(model.bert.layers):
+        raise ValueError(
+            "the encoder layers are prepacked and keep no plain weights: load the model with "
+            "from_pretrained, or the Tagger with prepack=False"
+        )
+    return layers
 
 
 def _attend(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minibert.tagging.tagger import Tagger
+from minibert.tagging.words import WordTagger
 from minibert.text.bio import Sentence, label_ids
 from minibert.text.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
 
@@ -86,18 +86,18 @@ def _percents(score: Score) -> str:
     return f"{score.precision:9.2%} {score.recall:9.2%} {score.f1:9.2%}"
 
 
-def evaluate(tagger: Tagger, sentences: Sequence[Sentence], source: Path | str) -> Report:
+def evaluate(tagger: WordTagger, sentences: Sequence[Sentence], source: Path | str) -> Report:
     """Tag the sentences and compare.
 
     Args:
-        tagger: the model.
+        tagger: anything that labels words.
         sentences: with their true tags.
         source: the file they are from, for messages.
 
     Raises:
         MinibertError: a tag that the model does not know, with file and line.
     """
-    label_ids(sentences, tagger.model.config.labels, source)
+    label_ids(sentences, tagger.labels, source)
     true = [list(sentence.tags) for sentence in sentences]
     labels = tagger.label(sentence.words for sentence in sentences)
     predicted = [[label.name for label in sentence] for sentence in labels]

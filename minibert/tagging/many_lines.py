@@ -23,7 +23,9 @@ import torch.distributed as dist
 
 from minibert.files import MinibertError
 from minibert.machine import choose_device
-from minibert.tagging.tagger import Entity, Tagger, pools, read_ahead
+from minibert.tagging.stream import pools, read_ahead
+from minibert.tagging.tagger import Tagger
+from minibert.tagging.words import Entity
 
 PATIENCE = timedelta(hours=1)  # for a pool that another process tags
 Line = tuple[int, bytes]  # its number, from 1, and what it holds, the line's end included
@@ -55,7 +57,7 @@ def tag_lines(
             owner = number % size
             if owner == rank:
                 texts = [decoded(line, source) for line in pool]
-                yield partial(_shown, texts, tagger.ask(texts), show)
+                yield partial(_shown, texts, tagger.start(texts), show)
             elif rank == 0:
                 yield partial(_receive, owner)
 

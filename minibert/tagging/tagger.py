@@ -6,81 +6,65 @@ tagger("who directed jaws")   # [Entity(text='jaws', type='TITLE', start=13, sto
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
-from minibert.model.encoder import BertForTokenClassification
-from minibert.model.labels import best_labels
+from minibert.model.heads import BertForTokenClassification
+from minibert.model.labels import TAG
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
-from minibert.text.bio import TAG, Batch, Example, examples_of, packed, padded
-from minibert.text.metrics import lenient_entities
+from minibert.tagging.stream import pools, read_ahead
+from minibert.tagging.words import Entity, Label, Words, entities, join, split
+from minibert.text.bio import Batch, Example, examples_of, packed, padded
 
-T = TypeVar("T")
-MOST_LABELS = 1000  # that well-formed sequences are chosen from, in memory quadratic in it
-POOL = 1024  # sentences that are sorted by length together; also what streaming holds in memory
-POOL_CHARACTERS = 1 << 20  # and all of them together, unless one alone has more
+MOST_LABELS = 1000  # decoding needs memory quadratic in their number
 
 
-class Entity(NamedTuple):
-    """A stretch of the text and what it is."""
+@dataclass(eq=False)
+class Scores:
+    """The scores of a batch; on a GPU they may still be under way."""
 
-    text: str
-    type: str
-    start: int  # of the first character; text[start:stop] is the entity
-    stop: int
-    score: float  # mean probability of its words' labels
+    scores_WL: Tensor  # of every word, on the CPU
+    dtype: torch.dtype  # of the computation
+    done: torch.cuda.Event | None = None  # when they have arrived
 
-
-class Label(NamedTuple):
-    """What the model says of one word."""
-
-    name: str
-    score: float  # probability
-
-
-class Answer(NamedTuple):
-    """What the model says of a batch; of a GPU it may still be under way."""
-
-    logp_WL: Tensor  # of every word, over the labels; on the CPU
-    dtype: torch.dtype  # in which it was computed
-    done: torch.cuda.Event | None = None  # behind it
-
-    def read(self) -> Tensor:
-        """Wait for it.
+    def wait(self) -> Tensor:
+        """The scores.
 
         Raises:
-            MinibertError: it is not a number.
+            MinibertError: they are not finite.
         """
         if self.done is not None:
             self.done.synchronize()
-        if self.logp_WL.isnan().any():
+        if not self.scores_WL.isfinite().all():
             raise MinibertError(
-                "the model answers NaN: its weights are damaged, or too large for "
-                f"{self.dtype}: fetch or train it again, or try --dtype fp32"
+                "the model's scores are not finite: its weights are damaged, or too large for "
+                f"{self.dtype}: download or train it again, or try --dtype fp32"
             )
-        return self.logp_WL
+        return self.scores_WL
 
 
 class Tagger:
     """A token classification model with its tokenizer.
 
     Args:
-        model: in eval mode; its config carries the labels.
+        model: in eval mode; its config holds the labels.
         tokenizer: of the same checkpoint.
-        batch_tokens: word-pieces in a batch at most (padding counted); one sentence may be more.
-        pack: run batches without padding; False pads them, as the reference does.
-        well_formed: choose the best labels that are well-formed BIO; False takes the best label of
-            every word by itself, as the reference does.
+        batch_tokens: most word-pieces in a batch, padding included; a longer sentence is a batch
+            alone.
+        pack: run packed batches; False: padded ones.
+        well_formed: decode the most probable well-formed BIO sequence; False: the best label of
+            every word on its own.
+
+    Raises:
+        MinibertError: model and tokenizer do not belong together, or the labels are not BIO.
     """
 
     def __init__(
@@ -91,26 +75,27 @@ class Tagger:
         pack: bool = True,
         well_formed: bool = True,
     ):
-        if tokenizer.vocab_size > model.config.vocab_size:
+        config = model.config
+        if tokenizer.vocab_size > config.vocab_size:
             raise MinibertError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces, but the model embeds "
-                f"{model.config.vocab_size}: use the tokenizer files that belong to the weights"
+                f"{config.vocab_size}: use the tokenizer files that belong to the weights"
             )
-        for label in model.config.labels:
+        for label in config.labels:
             if not TAG.fullmatch(label):
                 raise MinibertError(
-                    f"config.json: the label {label!r} is none of O, B-TYPE and I-TYPE: "
+                    f"config.json: the label {label!r} is not O, B-TYPE or I-TYPE: "
                     "entities can be read from BIO labels only"
                 )
-        if model.config.max_position_embeddings < 3:
+        if config.max_position_embeddings < 3:
             raise MinibertError(
-                f"config.json: max_position_embeddings is {model.config.max_position_embeddings}: "
-                "a text needs three, for a word and the two that frame it"
+                f"config.json: max_position_embeddings is {config.max_position_embeddings}: "
+                "a text needs at least 3, for [CLS], a word and [SEP]"
             )
-        if len(model.config.labels) > MOST_LABELS:
+        if len(config.labels) > MOST_LABELS:
             raise MinibertError(
-                f"config.json: has {len(model.config.labels)} labels, more than the {MOST_LABELS} "
-                "that a tagger can choose well-formed ones from: use a model for entities"
+                f"config.json: {len(config.labels)} labels, but decoding handles at most "
+                f"{MOST_LABELS}: use a model for entities"
             )
         self.model = model
         self.tokenizer = tokenizer
@@ -124,7 +109,7 @@ class Tagger:
         directory: str | Path,
         *,
         attn_implementation: str = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         device: str | None = None,
         batch_tokens: int = 2048,
         pack: bool = True,
@@ -134,19 +119,19 @@ class Tagger:
         """Load what ``train.py`` saved, or any BERT token classifier in safetensors.
 
         Args:
-            directory: holds config.json, model.safetensors and tokenizer files.
+            directory: with config.json, model.safetensors and tokenizer files.
             attn_implementation: "eager", "sdpa", "fused" or "auto".
-            dtype: "fp32", "bf16", "fp16" or "auto", the fastest the hardware has; with ``prepack``
-                on a CPU that has AVX2 alone, fp32 with weights rounded to fp16.
+            dtype: "fp32", "bf16", "fp16", a torch.dtype, or "auto": the fastest that the hardware
+                has. On a CPU with AVX2 alone, "auto" with ``prepack`` is fp32 with weights rounded
+                to fp16.
             device: None takes a GPU if there is one.
             batch_tokens, pack, well_formed: as above.
-            prepack: lay the weights out once as the CPU's products read them, where
-                ``prepacked.choose`` says that it can be done. ``model`` then only answers: False
-                keeps the plain layers, which are the reference and can be traced.
+            prepack: on a CPU, lay the weights out once in the order in which its matrix products
+                read them. The model can then only predict: to trace, train or save it, use False.
 
         Raises:
-            MinibertError: a file is missing or damaged, or there is no trained classifier in it, or
-                a weight is too large for the dtype.
+            MinibertError: a file is missing or damaged, it holds no trained classifier, or a weight
+                is too large for the dtype.
         """
         where = choose_device(device)
         directory = Path(directory)
@@ -156,130 +141,137 @@ class Tagger:
                 "such as runs/demo/best"
             )
         tokenizer = Tokenizer.from_pretrained(directory)
-        choice = choose_dtype(dtype, where)
+        chosen = choose_dtype(dtype, where).value
         model = BertForTokenClassification.from_pretrained(
-            directory,
-            attn_implementation=attn_implementation,
-            dtype=choice.dtype,
-            device=where,
+            directory, attn_implementation=attn_implementation, dtype=chosen, device=where
         )
-        if model.load_report is not None and model.load_report.initialised:
+        if model.load_report.initialised:
             raise MinibertError(
                 f"{directory}: has no trained {model.load_report.initialised[0]}: "
                 "train it first with train.py"
             )
-        layers = prepacked.choose(where, choice.dtype, may_round=dtype == "auto")
-        if prepack and layers.linear:
+        linear = prepacked.choose(where, chosen, may_round=dtype == "auto").value
+        if prepack and linear:
             try:
-                prepacked.prepack(model, layers.linear)
+                prepacked.prepack(model, linear)
             except ValueError as error:
                 raise MinibertError(f"{directory}: {error}: use it with --dtype fp32") from None
         return cls(model, tokenizer, batch_tokens, pack, well_formed)
 
-    def __call__(self, text: str | Sequence) -> list:
-        """Find the entities of a text, of the words of a sentence, or of each of several.
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that the model gives, in the order of their ids."""
+        return self.model.config.labels
 
-        Args:
-            text: a string; the words of one sentence; or a list of either. A list of strings is
-                taken as words, unless one of them holds white space, which no word does: then
-                every string is a text. ``tag_texts`` and ``tag_words`` leave no doubt.
+    @overload
+    def __call__(self, text: str) -> list[Entity]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, text: Iterable[str]) -> list[list[Entity]]: ...
+    def __call__(self, text: str | Iterable[str]) -> list[Entity] | list[list[Entity]]:
+        """The entities of a text, or a list of them for each of several texts.
 
-        Returns:
-            The entities, or for several texts a list of them. The characters of a sentence given
-            in words are counted in the words joined by single spaces.
+        A sentence that is split into words already goes to ``tag_words``.
+
+        Raises:
+            TypeError: a text is not a string.
         """
-        if isinstance(text, str):
-            return next(self.tag_texts([text]))
-        if all(isinstance(item, str) for item in text):
-            if any(re.search(r"\s", item) for item in text):
-                return list(self.tag_texts(text))
-            return next(self.tag_words([text]))
-        # Mixed: both kinds are words with their places once they are split.
-        return list(self._tag(split(t) if isinstance(t, str) else join(t) for t in text))
+        return next(self.tag_texts([text])) if isinstance(text, str) else list(self.tag_texts(text))
 
     def tag_texts(self, texts: Iterable[str]) -> Iterator[list[Entity]]:
-        """The entities of each text, in order, read and yielded as a stream."""
-        return self._tag(split(text) for text in texts)
+        """The entities of each text, in order, as a stream.
+
+        Raises:
+            TypeError: a text is not a string, or ``texts`` is one.
+        """
+        if isinstance(texts, str):
+            raise TypeError("tag_texts takes several texts, got one str: call the tagger itself")
+        return self._tag(map(_split, texts))
 
     def tag_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Entity]]:
-        """The entities of each sentence given in words, in order, as a stream."""
-        return self._tag(join(words) for words in sentences)
+        """The entities of each sentence given in words, in order, as a stream.
+
+        Characters are counted in the words joined by single spaces.
+
+        Raises:
+            TypeError: a sentence is not a list or tuple of strings.
+        """
+        return self._tag(map(_join, sentences))
 
     def label(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Label]]:
         """One label for every word of every sentence, in order, as a stream."""
-        asked = map(self._ask, pools(sentences, lambda words: sum(len(word) + 1 for word in words)))
-        for pool in read_ahead(asked, self.depth):
+        started = map(
+            self._start, pools(sentences, lambda words: sum(len(word) + 1 for word in words))
+        )
+        for pool in read_ahead(started, self.depth):
             yield from pool
 
-    def _tag(self, places: Iterable[Words]) -> Iterator[list[Entity]]:
-        asked = map(self._ask_entities, pools(places, lambda words: len(words.text)))
-        for pool in read_ahead(asked, self.depth):
+    def _tag(self, texts: Iterable[Words]) -> Iterator[list[Entity]]:
+        started = map(self._start_entities, pools(texts, lambda words: len(words.text)))
+        for pool in read_ahead(started, self.depth):
             yield from pool
 
-    def ask(self, texts: Iterable[str]) -> Callable[[], list[list[Entity]]]:
-        """Start on texts that make one pool; what it returns gives the entities of each.
+    def start(self, texts: Iterable[str]) -> Callable[[], list[list[Entity]]]:
+        """Start on the texts of one pool; the result, when called, gives the entities of each.
 
         On a GPU it returns while they are computed.
         """
-        return self._ask_entities([split(text) for text in texts])
+        return self._start_entities([_split(text) for text in texts])
 
     @property
     def depth(self) -> int:
-        """Pools that are started before one is read.
+        """How many pools are started before one is read.
 
-        On a GPU the next one is cut into word-pieces, and this one's labels are chosen, while the
-        model computes. A CPU has no hands free for that: the model uses all of its cores.
+        On a GPU, tokenising the next pool and decoding the last one overlap with the model. On a
+        CPU the model already uses every core.
         """
-        return 1 if self.model.classifier.weight.is_cuda else 0
+        return 1 if self.model.device.type == "cuda" else 0
 
-    def _ask_entities(self, pool: Sequence[Words]) -> Callable[[], list[list[Entity]]]:
-        read = self._ask([words.words for words in pool])
+    def _start_entities(self, pool: Sequence[Words]) -> Callable[[], list[list[Entity]]]:
+        read = self._start([words.words for words in pool])
         return lambda: [entities(words, labels) for words, labels in zip(pool, read())]
 
     @torch.inference_mode()
-    def _ask(self, sentences: Sequence[Sequence[str]]) -> Callable[[], list[list[Label]]]:
-        """Start the model on a pool; what it returns waits for it and chooses the labels."""
+    def _start(self, sentences: Sequence[Sequence[str]]) -> Callable[[], list[list[Label]]]:
+        """Start the model on a pool; the result, when called, waits for it and decodes."""
         config = self.model.config
         examples = examples_of(sentences, self.tokenizer, config.max_position_embeddings)
-        answers = [(batch, self._answer(batch)) for batch in self._batches(examples)]
+        under_way = [(batch, self._scores(batch)) for batch in self._batches(examples)]
 
         def read() -> list[list[Label]]:
-            logp = [torch.empty(len(words), config.num_labels) for words in sentences]
-            for batch, answer in answers:
-                parts = answer.read().split([len(example.firsts) for example in batch.examples])
+            by_sentence = [torch.empty(len(words), config.num_labels) for words in sentences]
+            for batch, scores in under_way:
+                parts = scores.wait().split([len(example.firsts) for example in batch.examples])
                 for example, part in zip(batch.examples, parts):
                     stop = example.first_word + len(example.firsts)
-                    logp[example.sentence][example.first_word : stop] = part
-            return [self._choose(logp_WL) for logp_WL in logp]
+                    by_sentence[example.sentence][example.first_word : stop] = part
+            return [self._decode(scores_WL) for scores_WL in by_sentence]
 
         return read
 
-    def _answer(self, batch: Batch) -> Answer:
+    def _scores(self, batch: Batch) -> Scores:
         logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
-        logp_WL = logits[batch.first_W].float().log_softmax(-1)
-        if not logp_WL.is_cuda:
-            return Answer(logp_WL, logits.dtype)
-        # Copied behind the batch itself, and not behind those that are started before it is read.
-        logp_WL = logp_WL.to("cpu", non_blocking=True)
+        scores_WL = logits[batch.first_W].float()
+        if not scores_WL.is_cuda:
+            return Scores(scores_WL, logits.dtype)
+        # The event follows this batch's copy, so reading it does not wait for later batches.
+        scores_WL = scores_WL.to("cpu", non_blocking=True)
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(logits.device))
-        return Answer(logp_WL, logits.dtype, done)
+        return Scores(scores_WL, logits.dtype, done)
 
-    def _choose(self, logp_WL: Tensor) -> list[Label]:
-        if not len(logp_WL):
+    def _decode(self, scores_WL: Tensor) -> list[Label]:
+        if not len(scores_WL):
             return []
-        names = self.model.config.labels
-        ids = best_labels(logp_WL, names) if self.well_formed else logp_WL.argmax(-1).tolist()
-        scores = logp_WL[range(len(ids)), ids].exp().tolist()
-        return [Label(names[i], score) for i, score in zip(ids, scores)]
+        ids, probabilities = self.model.head.decode(scores_WL, self.well_formed)
+        return [Label(self.labels[i], score) for i, score in zip(ids, probabilities)]
 
     def _batches(self, examples: list[Example]) -> Iterator[Batch]:
-        """Examples of like length together, at most ``batch_tokens`` with the padding."""
+        """Examples of similar length together, at most ``batch_tokens`` with the padding."""
         group: list[Example] = []
         tokens = 0
         for example in sorted(examples, key=lambda e: len(e.ids)):
             size = len(example.ids)
-            # Sorted, so this one would be the longest of its group.
+            # Sorted, so this example would be the longest of its group.
             tokens = tokens + size if self.pack else size * (len(group) + 1)
             if group and tokens > self.batch_tokens:
                 yield self._batch(group)
@@ -289,84 +281,19 @@ class Tagger:
             yield self._batch(group)
 
     def _batch(self, group: list[Example]) -> Batch:
-        device, pad_id = self.model.classifier.weight.device, self.tokenizer.pad_id
+        device, pad_id = self.model.device, self.tokenizer.pad_id
         if self.pack:
             return packed(group, device, pad_id if device.type == "cpu" else None)
         return padded(group, pad_id, device=device)
 
 
-def pools(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
-    """Lists of items that are tagged together, as many as fit into ``POOL``."""
-    pool: list[T] = []
-    held = 0
-    for item in items:
-        size = characters(item)
-        if pool and held + size > POOL_CHARACTERS:
-            yield pool
-            pool, held = [], 0
-        pool.append(item)
-        held += size
-        if len(pool) == POOL:
-            yield pool
-            pool, held = [], 0
-    if pool:
-        yield pool
+def _split(text: str) -> Words:
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be a str, got {type(text).__name__}: give words to tag_words")
+    return split(text)
 
 
-def read_ahead(asked: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
-    """What has been asked for, in order, while ``depth`` more are under way."""
-    waiting: deque[Callable[[], T]] = deque()
-    for read in asked:
-        waiting.append(read)
-        if len(waiting) > depth:
-            yield waiting.popleft()()
-    for read in waiting:
-        yield read()
-
-
-class Words(NamedTuple):
-    """The words of a text and where they stand in it."""
-
-    text: str
-    words: list[str]
-    spans: list[tuple[int, int]]
-
-
-def split(text: str) -> Words:
-    """Words by white space, with punctuation at either end taken off, one word a character."""
-    spans = []
-    for match in re.finditer(r"\S+", text):
-        start, stop = match.span()
-        core_start, core_stop = start, stop
-        while core_start < core_stop and _is_punctuation(text[core_start]):
-            core_start += 1
-        while core_stop > core_start and _is_punctuation(text[core_stop - 1]):
-            core_stop -= 1
-        spans += [(i, i + 1) for i in range(start, core_start)]
-        if core_start < core_stop:
-            spans.append((core_start, core_stop))
-        spans += [(i, i + 1) for i in range(core_stop, stop)]
-    return Words(text, [text[start:stop] for start, stop in spans], spans)
-
-
-def join(words: Sequence[str]) -> Words:
-    """The text that words make when joined by single spaces."""
-    spans, start = [], 0
-    for word in words:
-        spans.append((start, start + len(word)))
-        start += len(word) + 1
-    return Words(" ".join(words), list(words), spans)
-
-
-def _is_punctuation(character: str) -> bool:
-    return unicodedata.category(character)[0] == "P"
-
-
-def entities(words: Words, labels: Sequence[Label]) -> list[Entity]:
-    """Words with their labels to entities, by the rule of conlleval (metrics.py)."""
-    found = []
-    for type_, first, stop in lenient_entities([label.name for label in labels]):
-        start_char, stop_char = words.spans[first][0], words.spans[stop - 1][1]
-        score = sum(label.score for label in labels[first:stop]) / (stop - first)
-        found.append(Entity(words.text[start_char:stop_char], type_, start_char, stop_char, score))
-    return found
+def _join(words: Sequence[str]) -> Words:
+    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        raise TypeError("a sentence must be a list of words: give texts to tag_texts")
+    return join(words)

@@ -14,7 +14,6 @@ import torch
 
 from minibert.files import MinibertError, sha256_of
 from minibert.machine import DTYPES
-from minibert.model.attention import IMPLEMENTATIONS
 from minibert.pretrained import hub
 from minibert.text import bio, demo
 from minibert.text.bio import Sentence
@@ -180,7 +179,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
     parser.add_argument("--test", type=Path, metavar="FILE", help="BIO file to look at")
     parser.add_argument("--dev", metavar="FILE|SHARE", help="choose the best epoch on this")
     parser.add_argument("--orphans", choices=("refuse", "repair"), default="refuse")
-    parser.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto")
+    parser.add_argument("--attn", choices=("auto", "eager", "sdpa", "fused"), default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of autocast")
     parser.add_argument(
         "--plain-adamw", action="store_true", help="one operation at a time: the reference's bits"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minibert.files import MinibertError
 from minibert.machine import DTYPES, choose_device
-from minibert.model.encoder import BertForMaskedLM, BertForTokenClassification, BertWithHead
+from minibert.model.heads import BertForMaskedLM, BertForTokenClassification, BertWithHead
 from minibert.model.layout import Packed
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibert.files import MinibertError
-from minibert.model.encoder import BertWithHead
+from minibert.model.heads import BertWithHead
 from minibert.pretrained.weights import names_of
 
 # Our name of an intermediate on the left, the module of transformers that takes it in or gives it

@@ -1,0 +1,86 @@
+"""Words of a text, the label of each, and the entities that they make."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from minibert.text.metrics import lenient_entities
+
+
+class Label(NamedTuple):
+    """The label of one word."""
+
+    name: str
+    score: float  # probability
+
+
+class Entity(NamedTuple):
+    """A stretch of a text and what it is."""
+
+    text: str
+    type: str
+    start: int  # in characters: text[start:stop] is the entity
+    stop: int
+    score: float  # mean probability of its words' labels
+
+
+class WordTagger(Protocol):
+    """Anything that labels words, such as ``Tagger``."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every label that it may give: "O", "B-TYPE" and "I-TYPE"."""
+
+    def label(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Label]]:
+        """One label for every word of every sentence, in order, as a stream."""
+
+
+class Words(NamedTuple):
+    """The words of a text and where they are in it."""
+
+    text: str
+    words: list[str]
+    spans: list[tuple[int, int]]  # in characters
+
+
+def split(text: str) -> Words:
+    """Split at white space; each punctuation character at the edge of a word is its own word."""
+    spans = []
+    for match in re.finditer(r"\S+", text):
+        start, stop = match.span()
+        core_start, core_stop = start, stop
+        while core_start < core_stop and _is_punctuation(text[core_start]):
+            core_start += 1
+        while core_stop > core_start and _is_punctuation(text[core_stop - 1]):
+            core_stop -= 1
+        spans += [(i, i + 1) for i in range(start, core_start)]
+        if core_start < core_stop:
+            spans.append((core_start, core_stop))
+        spans += [(i, i + 1) for i in range(core_stop, stop)]
+    return Words(text, [text[start:stop] for start, stop in spans], spans)
+
+
+def join(words: Sequence[str]) -> Words:
+    """Words joined to a text by single spaces."""
+    spans, start = [], 0
+    for word in words:
+        spans.append((start, start + len(word)))
+        start += len(word) + 1
+    return Words(" ".join(words), list(words), spans)
+
+
+def _is_punctuation(character: str) -> bool:
+    return unicodedata.category(character)[0] == "P"
+
+
+def entities(words: Words, labels: Sequence[Label]) -> list[Entity]:
+    """The entities of labelled words, by conlleval's rule (text/metrics.py)."""
+    found = []
+    for type_, first, stop in lenient_entities([label.name for label in labels]):
+        start_char, stop_char = words.spans[first][0], words.spans[stop - 1][1]
+        score = sum(label.score for label in labels[first:stop]) / (stop - first)
+        found.append(Entity(words.text[start_char:stop_char], type_, start_char, stop_char, score))
+    return found
