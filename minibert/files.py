@@ -1,4 +1,4 @@
-"""Errors a user is meant to read, and files that are either whole or not there."""
+"""Errors that a user reads, and files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-JSON_BYTES = 100 << 20  # of a file, at most; the largest there are hold a vocabulary of some 20 MB
-LINE = 1000  # characters of an error, at most
+JSON_BYTES = 100 << 20  # most in a JSON file; the largest known ones hold a vocabulary of 20 MB
+LINE = 1000  # most characters in an error message
 
-TEMPORARY = ".unfinished"  # how the names of temporary files and directories end
+TEMPORARY = ".unfinished"  # suffix of temporary files and directories
 
 
 class MinibertError(Exception):
-    """A fault in what was given, not in the program.
+    """A fault in the input, not in the program.
 
-    The message is one line: where (file, line), what, and what to do about it. The command line
-    prints it without a traceback and exits with 2. What a file or a library put into it cannot
-    break the line, nor make it endless: its two ends say where and what to do.
+    The message is one line: where (file, line), what is wrong, and what to do. The command line
+    prints it without a traceback and exits with status 2. Text from files and libraries cannot
+    break the line; a long message keeps its two ends, which say where and what to do.
     """
 
     def __init__(self, message: str):
@@ -38,15 +38,15 @@ class MinibertError(Exception):
 
 
 def home() -> Path:
-    """Where downloads and compiled kernels live: ``$MINIBERT_HOME``, or ``~/.cache/minibert``."""
+    """Where downloads and compiled kernels go: ``$MINIBERT_HOME`` or ``~/.cache/minibert``."""
     return Path(os.environ.get("MINIBERT_HOME") or Path.home() / ".cache" / "minibert")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; at the end it is synced and becomes ``path``.
+    """A temporary path to write to, which is synced and renamed to ``path`` at the end.
 
-    If the body fails, ``path`` is as it was and the temporary file is gone.
+    If the body fails, ``path`` is unchanged and the temporary file is removed.
 
     Raises:
         MinibertError: the directory cannot be written or the disk is full.
@@ -74,13 +74,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; see ``replacing``."""
+    """Write a text file atomically; see ``replacing``."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a process that was killed while it wrote has left in and below a directory."""
+    """Remove the temporary files and directories that a killed process left below ``directory``."""
     for path in list(directory.rglob(f".*{TEMPORARY}")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -92,7 +92,7 @@ def read_text(path: Path, remedy: str) -> str:
     """Read a UTF-8 file.
 
     Raises:
-        MinibertError: it cannot be read or is not UTF-8, with the line and the remedy.
+        MinibertError: it cannot be read, or is not UTF-8.
     """
     try:
         raw = path.read_bytes()
@@ -115,30 +115,28 @@ def read_json(path: Path, remedy: str) -> Any:
     """
     if path.is_file() and path.stat().st_size > JSON_BYTES:
         raise MinibertError(
-            f"{path}: has {path.stat().st_size} bytes, and no such file has more than "
-            f"{JSON_BYTES}: fetch the file again"
+            f"{path}: has {path.stat().st_size} bytes, more than the limit of {JSON_BYTES}: "
+            "fetch the file again"
         )
     return parse_json(read_text(path, remedy), path)
 
 
 def parse_json(text: str, source: Path | str) -> Any:
-    """What a JSON text says, if it says one thing.
-
-    Stricter than Python's own reader, which takes NaN for a number and the last of equal keys.
+    """Parse JSON; unlike Python's ``json``, refuse NaN and repeated keys.
 
     Raises:
-        MinibertError: not JSON, or nested deeper than Python can follow.
+        MinibertError: not JSON, or nested too deeply.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             name, times = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"the key {name!r} is there {times} times")
+            raise ValueError(f"the key {name!r} occurs {times} times")
         return found
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
@@ -147,7 +145,7 @@ def parse_json(text: str, source: Path | str) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Have the kernel put a file or directory on the disk."""
+    """Flush a file or directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -165,10 +163,10 @@ def sha256_of(path: Path) -> str:
 
 
 def give_back(address: int, size: int) -> None:
-    """Give whole pages of memory that nobody will read again back to the system.
+    """Return the whole pages in a range of memory to the system; on Linux only.
 
-    Pages of a mapped file count as the process's memory from the first look at them until the file
-    is closed. What they held is gone afterwards, or read from the file anew. Only on Linux.
+    Pages of a mapped file count as the process's memory from the first access until the file is
+    closed. After this call they are read from the file again; other pages lose their contents.
 
     Args:
         address: of the first byte.

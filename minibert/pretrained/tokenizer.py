@@ -18,7 +18,7 @@ class Tokenizer:
     """A WordPiece tokenizer (Devlin et al. 2019, section 3), cased or uncased as it was trained.
 
     Raises:
-        MinibertError: the backend does not do what a BERT's does, or its vocabulary is none.
+        MinibertError: the backend is not a BERT tokenizer, or its vocabulary is damaged.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, source: Path | str):
@@ -31,13 +31,13 @@ class Tokenizer:
             (backend.normalizer, "BertNormalizer"),
             (backend.pre_tokenizer, "BertPreTokenizer"),
         ):
-            # What others do to a text, and how long they take for it, is not known here.
+            # How other components treat a text, and how long they take, is unknown.
             if type(part).__name__ != kind:
                 raise MinibertError(
                     f"{source}: has {type(part).__name__} where a BERT has {kind}: "
                     "use the tokenizer of a BERT"
                 )
-        if backend.model.max_input_chars_per_word > 1000:  # the time is quadratic in it
+        if backend.model.max_input_chars_per_word > 1000:  # time is quadratic in it
             raise MinibertError(
                 f"{source}: max_input_chars_per_word is {backend.model.max_input_chars_per_word}: "
                 "use the 100 of BERT"
@@ -48,7 +48,7 @@ class Tokenizer:
         if backend.model.unk_token != "[UNK]" or backend.model.token_to_id("[UNK]") is None:
             raise MinibertError(
                 f"{source}: unk_token is {backend.model.unk_token!r}: "
-                "use the tokenizer of a BERT, whose vocabulary has [UNK] for it"
+                "use the tokenizer of a BERT, whose unk_token is [UNK]"
             )
         if max(ids.values()) != len(ids) - 1:
             raise MinibertError(
@@ -62,15 +62,15 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of word-pieces, special ones included."""
+        """Number of word-pieces, including special ones."""
         return self.backend.get_vocab_size()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer:
-        """Load tokenizer.json, or where there is none vocab.txt with tokenizer_config.json.
+        """Load tokenizer.json, or if it is missing, vocab.txt and tokenizer_config.json.
 
         Raises:
-            MinibertError: neither is there, or what is there is damaged.
+            MinibertError: both are missing, or a file is damaged.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers.implementations import BertWordPieceTokenizer
@@ -120,10 +120,10 @@ class Tokenizer:
         write_text(directory / "tokenizer_config.json", json.dumps(settings) + "\n")
 
     def pieces(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """For every sentence, for every word, the ids of its pieces: at least one each.
+        """The word-piece ids of every word of every sentence, at least one a word.
 
-        A word of which nothing is left (control characters, say) becomes [UNK], so that it can
-        carry a label.
+        A word that normalises to nothing, such as control characters, becomes [UNK], so that it can
+        have a label.
         """
         result = []
         encodings = self.backend.encode_batch(
@@ -140,20 +140,20 @@ class Tokenizer:
         return result
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a running text, with [CLS] and [SEP]."""
+        """Ids of a text, with [CLS] and [SEP]."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.cls_id, *ids, self.sep_id]
 
 
 @contextmanager
 def _refusing(source: Path | str) -> Iterator[None]:
-    """Whatever the library says to a file becomes one line.
+    """Turn an error of the tokenizers library into one line.
 
-    It raises bare Exceptions, and where it has not expected something at all it panics: what then
-    arrives is no Exception, and its type cannot be imported.
+    The library raises bare Exceptions. Where it panics, the exception is not an Exception and its
+    type cannot be imported.
 
     Raises:
-        MinibertError: with what the library said.
+        MinibertError: with the library's message.
     """
     try:
         yield
@@ -166,7 +166,7 @@ def _refusing(source: Path | str) -> Iterator[None]:
 
 
 def _encodable(word: str) -> str:
-    """The word with lone surrogates, which are no text and which the backend refuses, replaced."""
+    """Replace lone surrogates, which the backend refuses."""
     return word.encode("utf-8", "replace").decode("utf-8")
 
 

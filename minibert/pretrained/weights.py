@@ -1,6 +1,6 @@
-"""Checkpoints in and out: one table of names, used in both directions.
+"""Weights in and out: safetensors files, and one table of names for both directions.
 
-Only safetensors is opened; a pickle (``pytorch_model.bin``) can run code and is refused.
+A pickle (``pytorch_model.bin``) can run code and is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
 }
 
-HEADER_BYTES = 10 << 20  # of a safetensors file, at most; that of BERT-base has 25 kB
+HEADER_BYTES = 10 << 20  # largest header of a safetensors file; BERT-base's has 25 kB
 NAME = re.compile(r"[\w.-]{1,300}")
 
 # Ours on the left, the checkpoint's on the right; {i} runs over the layers.
@@ -64,7 +64,7 @@ head.norm.bias                         cls.predictions.transform.LayerNorm.bias
 
 
 def names_of(model: nn.Module) -> dict[str, str]:
-    """Our parameter name to the checkpoint's, for every parameter of ``model``, in its order."""
+    """Our name to the checkpoint's, for every parameter of ``model`` in order."""
     table = dict(line.split() for line in NAMES.strip().splitlines())
     names = {}
     for ours, _ in model.named_parameters():
@@ -75,15 +75,14 @@ def names_of(model: nn.Module) -> dict[str, str]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file under the checkpoint names of ``NAMES``.
+    """All tensors of a safetensors file, under the checkpoint names of ``NAMES``.
 
-    Understood: with and without the ``bert.`` prefix, and ``LayerNorm.gamma`` / ``.beta`` for
-    ``LayerNorm.weight`` / ``.bias`` (renamed there only: other names may hold these words).
-
-    The tensors lie in the file still, mapped and not read: ``fill`` copies those it takes.
+    Names may lack the ``bert.`` prefix. ``LayerNorm.gamma`` and ``.beta`` are accepted for
+    ``LayerNorm.weight`` and ``.bias``, in LayerNorms only: other names may contain these words.
+    The tensors are views of the mapped file; ``load.fill`` copies those it uses.
 
     Raises:
-        MinibertError: no such file, a pickle, or a file that is damaged.
+        MinibertError: no such file, a pickle, or a damaged file.
     """
     from safetensors import safe_open
 
@@ -124,13 +123,13 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _check_header(path: Path) -> None:
-    """What the library lets pass: a header of up to 100 MB, a name that comes twice or is a path.
+    """Check what safetensors does not: the header's size, and names that repeat or are paths.
 
-    The library itself checks that dtypes, shapes and offsets agree, that tensors neither overlap
-    nor leave gaps, and that they end where the file does.
+    The library checks that dtypes, shapes and offsets agree, and that the tensors fill the file
+    without overlap.
 
     Raises:
-        ValueError, OSError, MinibertError: saying what is wrong.
+        ValueError, OSError, MinibertError: the header is wrong.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -138,10 +137,10 @@ def _check_header(path: Path) -> None:
             raise ValueError(f"a header of {length} bytes, more than {HEADER_BYTES}")
         header = parse_json(file.read(length).decode(), "its header")
     if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     for name in header:
         if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a tensor")
+            raise ValueError(f"{name!r} is not a tensor name")
 
 
 def _canonical(name: str) -> str:
@@ -154,9 +153,9 @@ def _canonical(name: str) -> str:
 
 
 def save(model: nn.Module, path: Path) -> None:
-    """Write the parameters under their checkpoint names, whole or not at all.
+    """Write the parameters under their checkpoint names, atomically.
 
-    The metadata carries a hash of the tensors, so that a flipped bit is found on loading.
+    The metadata contains a hash of the tensors, so that a flipped bit is found on loading.
 
     Raises:
         MinibertError: the directory cannot be written or the disk is full.
@@ -170,10 +169,10 @@ def save(model: nn.Module, path: Path) -> None:
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file of tensors on the CPU, in the order given.
+    """Write a safetensors file of CPU tensors, in the order given.
 
-    The same tensors give the same bytes: the safetensors library orders the metadata by chance, so
-    the header (its length, JSON, padding to 8 bytes) is written here.
+    The same tensors give the same bytes. The safetensors library does not fix the order of the
+    metadata, so the header (length, JSON, padding to 8 bytes) is written here.
     """
     header: dict[str, dict] = {"__metadata__": metadata}
     end = 0
@@ -193,7 +192,7 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 of names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]

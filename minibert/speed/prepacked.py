@@ -1,14 +1,14 @@
-"""Encoder layers for inference on a CPU, their weights laid out once as the products read them.
+"""Encoder layers for inference on a CPU, with weights packed once in the order the GEMM reads.
 
-A library that multiplies matrices reads a weight in blocks that fit the vector registers. Given a
-plain (out, in) matrix it copies it into blocks in every call: for one sentence of 12 pieces the
-copies take longer than the products. Here they are made once, and q, k and v are one product.
+A GEMM library reads a weight in blocks that fit the vector registers. Given a plain (out, in)
+matrix it packs it in every call; for one sentence of 12 word-pieces, packing takes longer than the
+products. Here the weights are packed once, and q, k and v are one product.
 
-``BlockedLinear``  by oneDNN, in fp32, bf16 or fp16
-``HalfLinear``     by FBGEMM: weights rounded to fp16, products in fp32; for CPUs without bf16
+``BlockedLinear``  oneDNN, in fp32, bf16 or fp16
+``HalfLinear``     FBGEMM: weights rounded to fp16, products in fp32; for CPUs without bf16
 
-The plain layers (model.py) stay the reference: these add up in another order, so the last bits
-differ, and they can be neither trained nor saved nor looked into. Shape legend: see layout.py.
+The plain layers (model/encoder.py) stay the reference. Prepacked layers sum in another order, so
+their last bits differ; they cannot be trained, saved or traced. Shape legend: see model/layout.py.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from minibert.model.encoder import EncoderLayer
 from minibert.model.heads import BertWithHead
 from minibert.model.layout import Layout
 
-# What torch.compile and torch.ao.quantization make of a linear layer on a CPU. The operations are
-# not documented, so ``choose`` looks for them.
+# The operations that torch.compile and torch.ao.quantization lower a linear layer to on a CPU. They
+# are undocumented, so ``choose`` checks that they exist.
 BLOCKED = ("mkldnn::_reorder_linear_weight", "mkldnn::_linear_pointwise")
 HALF = ("quantized::linear_prepack_fp16", "quantized::linear_dynamic_fp16")
 
-# On an AMD EPYC (Zen 3) with AVX2 alone, 2026-11-25: oneDNN takes five times as long for the erf of
-# GELU as torch does; and from some hundred rows on MKL multiplies faster by a plain weight, copies
-# and all, than oneDNN by blocks: 157 and 140 GFLOP/s at 2048 rows, but 48 and 78 at 12.
+# Measured on an AMD EPYC (Zen 3) with AVX2 alone, 2026-11-25: oneDNN's erf GELU takes five times as
+# long as torch's. MKL with a plain weight, packing included, beats oneDNN with a packed one at many
+# rows: 157 against 140 GFLOP/s at 2048 rows, but 48 against 78 at 12.
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 MANY_ROWS = 384
 
 
 def _gelu(x_NF: Tensor) -> Tensor:
-    """GELU in place: a second tensor of this size is fetched anew from a heap that is in pieces."""
+    """GELU in place: allocating a second tensor of this size costs page faults."""
     return torch.ops.aten.gelu_.default(x_NF)
 
 
 class BlockedLinear:
-    """x Wᵀ + b by oneDNN, W in blocks; and plain too, where many rows are faster by that.
+    """x Wᵀ + b by oneDNN with packed W; with the plain W and MKL where that is faster.
 
     Args:
         weight_OI: (out, in), float32, bfloat16 or float16, on the CPU.
         bias_O: (out,), the same dtype.
     """
 
-    what = "weights laid out for oneDNN"
+    what = "weights packed for oneDNN"
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach())
@@ -66,14 +66,14 @@ class BlockedLinear:
         return linear(x_NI, self.blocks, self.bias_O, "none", [], "none")
 
     def gelu(self, x_NI: Tensor) -> Tensor:
-        """(N, in) to (N, out), and GELU of that, the exact one by erf."""
+        """(N, in) to (N, out), then exact (erf) GELU."""
         if AVX2:
             return _gelu(self(x_NI))
         linear = torch.ops.mkldnn._linear_pointwise.default
         return linear(x_NI, self.blocks, self.bias_O, "gelu", [], "none")
 
     def plus(self, x_NI: Tensor, residual_NO: Tensor) -> Tensor:
-        """(N, in) and (N, out) to (N, out): the product and the residual added up."""
+        """(N, in) and (N, out) to (N, out): the product plus the residual."""
         if self.plain_OI is not None and len(x_NI) >= MANY_ROWS:
             return F.linear(x_NI, self.plain_OI, self.bias_O).add_(residual_NO)
         linear = torch.ops.mkldnn._linear_pointwise.binary
@@ -81,9 +81,9 @@ class BlockedLinear:
 
 
 class HalfLinear:
-    """x Wᵀ + b by FBGEMM: W rounded to fp16, and so half as much to read; all else in fp32.
+    """x Wᵀ + b by FBGEMM: W rounded to fp16, which halves the memory traffic; the rest in fp32.
 
-    On the same CPU as above 149 GFLOP/s at 2048 rows, 104 at 12.
+    On the CPU named above: 149 GFLOP/s at 2048 rows, 104 at 12.
 
     Args:
         weight_OI: (out, in), float32, on the CPU.
@@ -93,7 +93,7 @@ class HalfLinear:
         ValueError: a weight is too large for fp16.
     """
 
-    what = "weights rounded to fp16 and laid out for FBGEMM"
+    what = "weights rounded to fp16 and packed for FBGEMM"
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         largest = float(torch.linalg.vector_norm(weight_OI.detach(), torch.inf))
@@ -106,11 +106,11 @@ class HalfLinear:
         return torch.ops.quantized.linear_dynamic_fp16.default(x_NI, self.packed)
 
     def gelu(self, x_NI: Tensor) -> Tensor:
-        """(N, in) to (N, out), and GELU of that."""
+        """(N, in) to (N, out), then GELU."""
         return _gelu(self(x_NI))
 
     def plus(self, x_NI: Tensor, residual_NO: Tensor) -> Tensor:
-        """(N, in) and (N, out) to (N, out): the product and the residual added up."""
+        """(N, in) and (N, out) to (N, out): the product plus the residual."""
         return self(x_NI).add_(residual_NO)
 
 
@@ -120,15 +120,15 @@ Linear = type[BlockedLinear] | type[HalfLinear]
 def choose(
     device: torch.device, dtype: torch.dtype, may_round: bool = False
 ) -> Chosen[Linear | None]:
-    """How a model that only answers gets prepacked layers.
+    """The prepacked linear layer for inference, or None where plain layers are used.
 
     Args:
         device: where the model runs.
         dtype: of its parameters.
-        may_round: the weights may be rounded, since nobody asked for this very dtype.
+        may_round: the weights may be rounded, because the dtype was not requested explicitly.
     """
     if device.type != "cpu":
-        return Chosen(None, "only a CPU lays weights out anew in every call")
+        return Chosen(None, "only CPU products pack weights in every call")
     if may_round and AVX2 and dtype == torch.float32 and all(map(_is_there, HALF)):
         reason = "FBGEMM reads weights in fp16 and multiplies in fp32, fastest with AVX2 alone"
         return Chosen(HalfLinear, reason)
@@ -144,7 +144,7 @@ def choose(
     }
     if not supported.get(dtype, False):
         return Chosen(None, f"oneDNN does not multiply {dtype} on this CPU")
-    return Chosen(BlockedLinear, "oneDNN finds the weights laid out as it reads them")
+    return Chosen(BlockedLinear, "oneDNN reads weights that are packed once")
 
 
 def _is_there(operation: str) -> bool:
@@ -157,17 +157,14 @@ def _is_there(operation: str) -> bool:
 def _by_parts(
     attend: AttentionFn, qkv_N3HK: Tensor, layout: Layout
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """Attention of q, k and v side by side: the context (N, D), and the maps if there are any."""
+    """Attention of one (N, 3, H, K) product: the context (N, D), and the maps if there are any."""
     q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
     context_NHK, probs = attend(q_NHK, k_NHK, v_NHK, layout, 0.0)
     return context_NHK.flatten(1), probs
 
 
 def _sdpa(qkv_N3HK: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor] | None]:
-    """The same as ``_by_parts(sdpa, ...)``, by half as many views.
-
-    They move no number, but for one sentence they took a twentieth of the whole time.
-    """
+    """``_by_parts(sdpa, ...)`` with half as many views, which took 5 % of one sentence's time."""
     blocks = layout.blocks
     sizes = [block.rows * block.length for block in blocks]
     contexts = []
@@ -181,10 +178,10 @@ def _sdpa(qkv_N3HK: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor] | None
 
 
 class PrepackedLayer(nn.Module):
-    """``model.EncoderLayer`` in eval mode, and nothing but its forward pass.
+    """The forward pass of an ``EncoderLayer`` in eval mode.
 
     Args:
-        layer: the plain one, on the CPU; it may be forgotten then.
+        layer: the plain layer, on the CPU; not needed afterwards.
         linear: ``BlockedLinear`` or ``HalfLinear``.
     """
 
@@ -214,20 +211,22 @@ class PrepackedLayer(nn.Module):
         """Only eval mode.
 
         Raises:
-            ValueError: train mode is asked for.
+            ValueError: ``mode`` is True.
         """
         if mode:
-            raise ValueError("a prepacked model cannot be trained: load it anew")
+            raise ValueError("a prepacked model cannot be trained: load it with from_pretrained")
         return super().train(mode)
 
 
 def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
-    """Replace the encoder layers of a model in eval mode by prepacked ones, one after the other.
+    """Replace the encoder layers of a model in eval mode with prepacked ones.
 
-    Where ``choose`` says that it can be done, by the linear layer it says.
+    Args:
+        model: on the CPU.
+        linear: from ``choose``.
 
     Raises:
-        ValueError: what the linear layer raises.
+        ValueError: a weight is too large for the linear layer's format.
     """
     layers = model.bert.layers
     for i in range(len(layers)):
