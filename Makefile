@@ -4,11 +4,11 @@
 
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
-# Keep freed blocks: fetching them from the system again each step costs page faults.
-export MALLOC_MMAP_THRESHOLD_ = 1073741824
-export MALLOC_TRIM_THRESHOLD_ = 4294967296
-# Large tensors on huge pages, where Linux has any to give: fewer misses in the table of pages.
-export THP_MEM_ALLOC_ENABLE = 1
+# All contenders of a benchmark get the memory settings that minibert sets for itself
+# (minibert/speed/memory.py).
+bench gpu-bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
+bench gpu-bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
+bench gpu-bench: export THP_MEM_ALLOC_ENABLE = 1
 
 .PHONY: demo test test-slow fuzz gpu-test gpu-bench bench bench-full check docs train scores format \
 	clean

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_latency, bench_training, stage
 from benchmarks.stage import Place, Plan, Run
-from minibert.machine import keep_freed_memory
+from minibert.speed.memory import keep_freed_memory
 from minibert.tagging.tagger import Tagger
 
 INFERENCE, TURNS, WARM_UP = False, 1, 1

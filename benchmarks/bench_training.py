@@ -84,8 +84,9 @@ def ceiling(plan_name: str, tokens: Sequence[int]) -> Callable[[], None]:
 
 
 def _our_update(model: torch.nn.Module) -> Callable[[], None]:
-    optimizer, reason = choose_adamw([Group(list(model.parameters()), DECAY)], "torch")
-    assert "fused CPU kernel" in reason
+    chosen = choose_adamw([Group(list(model.parameters()), DECAY)], "torch")
+    assert "fused CPU kernel" in chosen.reason
+    optimizer = chosen.value
 
     def update() -> None:
         optimizer.clipped_step(LR, CLIP)

@@ -25,7 +25,8 @@ from minibert.speed import fused
 from minibert.speed.cuda_graphs import Graphs, Recorder
 from minibert.text import bio, demo
 from minibert.text.bio import Batch, Example
-from minibert.training.adamw import Group, LossScaler, choose_adamw
+from minibert.training.adamw import Group, choose_adamw
+from minibert.training.schedule import LossScaler
 
 BATCH = 32
 LR, CLIP, DECAY = 5e-5, 1.0, 0.01
@@ -256,7 +257,7 @@ def _graphs_trainer(model: nn.Module, plan: Plan) -> Trainer:
     graphs = Graphs(model, plan.dtype, Recorder(plan.device))
 
     def step(batch: Batch) -> Tensor:
-        loss = graphs.backward(batch, scaler.scale if scaler else 1.0).clone()
+        loss = graphs.backward(batch.inputs, scaler.scale if scaler else 1.0).clone()
         update()
         return loss
 
@@ -265,14 +266,14 @@ def _graphs_trainer(model: nn.Module, plan: Plan) -> Trainer:
 
 def _our_update(model: nn.Module, plan: Plan) -> tuple[str, Callable[[], None], LossScaler | None]:
     """Which AdamW in words, clipping and it, and the scaler of the loss if it needs one."""
-    optimizer, reason = choose_adamw([Group(list(model.parameters()), DECAY)], "torch")
+    chosen = choose_adamw([Group(list(model.parameters()), DECAY)], "torch")
     scaler = LossScaler() if plan.dtype == torch.float16 else None
 
     def update() -> None:
-        optimizer.clipped_step(LR, CLIP, scaler)
-        optimizer.zero_grad()
+        chosen.value.clipped_step(LR, CLIP, scaler)
+        chosen.value.zero_grad()
 
-    return reason, update, scaler
+    return chosen.reason, update, scaler
 
 
 def _their_trainer(model: nn.Module, plan: Plan) -> Trainer:

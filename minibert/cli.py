@@ -1,4 +1,4 @@
-"""The command line: ``minibert tag | trace | evaluate | parity | download | verify | info``.
+"""The command line: ``minibert train | tag | trace | evaluate | parity | download | verify ...``.
 
 What a command needs is imported when it runs, so that help and errors come at once.
 """
@@ -16,16 +16,20 @@ from pathlib import Path
 
 from minibert import __version__
 from minibert.files import MinibertError, replacing
-
-# torch reads it once, before its first tensor: weights on huge pages are read faster on a CPU.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from minibert.speed.memory import use_huge_pages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; exit status 0, 1 where a verification fails, 2 for bad input."""
+    use_huge_pages()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["train"]:  # its parser knows the recipes, whose modules import torch
+        from minibert.training.loop import main as train
+
+        return train(given[1:], "minibert train")
     parser = _parser()
     # argparse gives up on a text that stands behind an option; it belongs to the text all the same.
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(given)
     if rest and ("text" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -48,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"minibert {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    commands.add_parser("train", help="fine-tune a model; `minibert train --help` has the flags")
 
     tag = commands.add_parser("tag", help="find the entities in text")
     tag.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
@@ -186,17 +192,11 @@ def _given(options: argparse.Namespace) -> str:
 
 
 def _tag(options: argparse.Namespace) -> int:
-    from minibert.tagging.many_lines import (
-        connected,
-        numbered,
-        opened,
-        own_device,
-        rank_and_size,
-        tag_lines,
-    )
+    from minibert.processes import connected, launched, own_device
+    from minibert.tagging.lines import numbered, opened, tag_lines
 
     given = _given(options)
-    rank, size = rank_and_size()
+    size = launched().size
     if options.text and options.file:
         raise MinibertError("argument: a text and --file: give one of them")
     if size > 1 and not options.file:
@@ -207,10 +207,11 @@ def _tag(options: argparse.Namespace) -> int:
         lines, source = iter([(1, given.encode())]), "argument"
     else:
         lines, source = numbered(sys.stdin.buffer), "standard input"
-    options.device = own_device(options.device)
+    device = own_device(options.device)
+    options.device = str(device)
     tagger = _tagger(options)
-    with connected(), _written(options.output if rank == 0 else None) as write:
-        tag_lines(tagger, lines, source, _as_json if options.json else _marked, write)
+    with connected(device) as team, _written(options.output if team.is_writer else None) as write:
+        tag_lines(team, tagger, lines, source, _as_json if options.json else _marked, write)
     return 0
 
 
@@ -219,7 +220,7 @@ def _trace(options: argparse.Namespace) -> int:
     from minibert.study import look_png
     from minibert.study.look import look, terminal
     from minibert.study.look_page import page
-    from minibert.tagging.many_lines import decoded, numbered
+    from minibert.tagging.lines import decoded, numbered
 
     if options.png is None and not options.layer is options.head is None:
         raise MinibertError("--layer and --head say what --png draws: add --png FILE")

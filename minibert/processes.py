@@ -1,9 +1,11 @@
-"""Several processes that train one model: who they are, and what they tell each other.
+"""Several processes working on one job, as torchrun starts them.
 
-``torchrun --nproc-per-node N train.py ...`` starts N copies of the same program. Each takes its
-share of every batch, torch's ``DistributedDataParallel`` adds up the gradients, and so all of them
-hold the same weights after every step. One of them, the writer, evaluates and writes the files.
-A program started without torchrun is a team of one, and nothing here costs it anything.
+    torchrun --nproc-per-node 2 train.py ...
+    torchrun --nproc-per-node 4 -m minibert.cli tag DIR --file IN --output OUT
+
+Rank 0 is the writer: it alone prints and writes files. In training each process reads its share of
+every batch and ``DistributedDataParallel`` averages the gradients, so all of them hold the same
+weights after every step. Without torchrun there is one process and nothing here costs anything.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,27 +23,53 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minibert.files import MinibertError
+from minibert.machine import choose_device
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=1)  # for the others while the writer evaluates
+TIMEOUT = timedelta(hours=1)  # the other processes wait that long while the writer evaluates
 
 
-class AloneError(MinibertError):
-    """Another process of the run has ended.
+class Launched(NamedTuple):
+    """What torchrun's environment says about this process; one process without it."""
 
-    What this one had sent it will never be answered, and torch may wait for that when the program
-    ends: end it by ``os._exit``.
+    rank: int = 0
+    size: int = 1  # number of processes
+    local_rank: int = 0  # rank among the processes on this machine
+
+
+def launched() -> Launched:
+    """Read the environment that torchrun sets."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return Launched(*(int(os.environ.get(n, d)) for n, d in zip(names, Launched())))
+
+
+def own_device(name: str | None) -> torch.device:
+    """This process's device: its own GPU if there are several, unless ``name`` has a number.
+
+    Raises:
+        MinibertError: as ``choose_device``.
+    """
+    device, here = choose_device(name), launched()
+    if device.type == "cuda" and name in (None, "cuda") and here.size > 1:
+        return torch.device("cuda", here.local_rank % torch.cuda.device_count())
+    return device
+
+
+class LostProcessError(MinibertError):
+    """Another process of this run has ended.
+
+    torch may wait at exit for answers that never come: end the process with ``os._exit``.
     """
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of one run.
+    """The processes of one run, as seen from one of them.
 
     Args:
-        rank: which of them this one is, from 0.
-        size: how many there are.
-        device: this one's own.
+        rank: which process this is, from 0.
+        size: number of processes.
+        device: this process's device.
     """
 
     rank: int
@@ -50,48 +78,73 @@ class Team:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this one evaluates, prints and writes the files."""
+        """Whether this process evaluates, prints and writes files."""
         return self.rank == 0
 
+    def seed(self, seed: int) -> None:
+        """Give every process its own dropout masks; the writer keeps those it would draw alone."""
+        if not self.is_writer:
+            torch.manual_seed(((seed << 20) + self.rank) % 2**63)
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of a batch, which all of them know whole; it may be empty."""
+        """This process's part of a batch that every process knows; it may be empty."""
         return items[self.rank :: self.size]
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of ``x`` over all processes."""
+        """Sum ``x`` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """(...) of every process to (size, ...), on the CPU."""
+        """(...) from every process to (size, ...), on the CPU."""
         if self.size == 1:
             return x[None].cpu()
         parts = [torch.empty_like(x, device=self.device) for _ in range(self.size)]
         dist.all_gather(parts, x.to(self.device))
         return torch.stack(parts).cpu()
 
+    def send(self, raw: bytes, rank: int) -> None:
+        """Send bytes to another process; waits until they have been received."""
+        dist.send(torch.tensor(len(raw)), rank)
+        if raw:
+            dist.send(torch.frombuffer(bytearray(raw), dtype=torch.uint8), rank)
+
+    def receive(self, rank: int) -> bytes:
+        """Wait for the bytes that another process sends."""
+        size = torch.empty((), dtype=torch.int64)
+        dist.recv(size, rank)
+        raw = torch.empty(int(size), dtype=torch.uint8)
+        if len(raw):
+            dist.recv(raw, rank)
+        return raw.numpy().tobytes()
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
     @contextmanager
     def writer_first(self) -> Iterator[None]:
-        """The writer runs the block before the others: what it downloads, they find."""
-        if self.size > 1 and not self.is_writer:
-            dist.barrier()
+        """The writer runs the block before the others, who find what it downloaded."""
+        if not self.is_writer:
+            self.wait()
         yield
-        if self.size > 1 and self.is_writer:
-            dist.barrier()
+        if self.is_writer:
+            self.wait()
 
     def wrap(self, model: nn.Module, **inputs: object) -> nn.Module:
-        """The model, its gradients averaged over the processes after each backward pass.
+        """The model, with gradients averaged over the processes in each backward pass.
 
         Args:
-            model: gives an output with a ``loss``.
-            inputs: some batch, the same in every process; nothing is learned of it.
+            model: returns an output with a ``loss``.
+            inputs: any batch, the same in every process; the weights do not change.
         """
         if self.size == 1:
             return model
-        # Its first backward pass teaches torch in which order the gradients come, and from the
-        # next one on it arranges them so. Sums over three or more processes round by the
-        # arrangement: without a pass ahead, the first step after a resumption would differ.
+        # After the first backward pass torch regroups the gradients by the order in which they
+        # came. With three or more processes another grouping rounds differently, so without this
+        # pass the first step after --resume would differ from the same step of the original run.
         shared = DistributedDataParallel(model)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             shared(**inputs).loss.backward()
@@ -99,40 +152,47 @@ class Team:
         return shared
 
     def reduction(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Around one batch of several: only the ``last`` one's backward pass averages them all."""
+        """Around one of several accumulated batches: only the ``last`` exchanges gradients."""
         if not last and isinstance(model, DistributedDataParallel):
             return model.no_sync()
         return nullcontext()
 
 
 @contextmanager
-def team_on(device: torch.device) -> Iterator[Team]:
-    """The processes that torchrun started, connected by gloo on CPUs and nccl on GPUs.
+def connected(device: torch.device, backend: str = "gloo") -> Iterator[Team]:
+    """Connect the processes that torchrun started.
 
     Args:
-        device: where to train; of several GPUs every process takes its own.
+        device: this process's, see ``own_device``.
+        backend: "nccl" to exchange tensors on GPUs, "gloo" for tensors on the CPU.
 
     Raises:
-        AloneError: another process has ended and left this one alone.
+        LostProcessError: another process has ended.
+        MinibertError: with nccl, two processes share a GPU.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    here = launched()
+    if here.size == 1:
         yield Team(0, 1, device)
         return
+    if backend == "nccl" and device.index != here.local_rank:
+        raise MinibertError(
+            f"process {here.local_rank} of this machine cannot train on {device}: give --device "
+            f"cuda without a number, and at most {torch.cuda.device_count()} processes"
+        )
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    lost = False
     try:
-        yield Team(dist.get_rank(), size, device)
+        yield Team(here.rank, here.size, device)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+        lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+        if not lost:
             raise
-        raise AloneError(
-            "another process of the run has ended: its own last line, or torchrun's, says why: "
-            "when that is mended, go on with --resume"
+        raise LostProcessError(
+            "another process of this run has ended: its last line, or torchrun's, says why; "
+            "fix that and repeat the command, in training with --resume"
         ) from None
-    except BaseException:
-        dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    finally:
+        if not lost:
+            dist.destroy_process_group()

@@ -222,10 +222,7 @@ def checkpoint_of_training(draw: Random, folder: Path) -> bool:
         change = mutate.safetensors_ if name == resume.TENSORS else json_file
         (path / name).write_bytes(change(draw, (path / name).read_bytes()))
         if name != resume.MANIFEST and draw.random() < 0.9:
-            manifest = {
-                file: resume.described(path / file) for file in (resume.TENSORS, resume.STATE)
-            }
-            (path / resume.MANIFEST).write_text(json.dumps(manifest))
+            (path / resume.MANIFEST).write_text(json.dumps(resume.manifest_of(path)))
         try:
             resume.read(path)
         except MinibertError as error:

@@ -1,4 +1,4 @@
-"""Several processes train one model: the same curve, the same scores, one writer, no lost work."""
+"""Training in several processes: the same curve and scores, one writer, no lost work."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import (
-    ROOT,
-    assert_same_tree,
-    run_team,
-    tiny_model,
-    write_bio,
-)
+from builders import write_bio
+from training_runs import ROOT, assert_same_tree, run_team, tiny_model
 
 from minibert.text import demo
 from minibert.training.resume import list_of, read
 
-# A sum over processes adds the same numbers in another order: an ulp or two of a loss around 3 at
-# every step, which the steps of the optimiser carry on.
+# A sum over processes adds in another order: an ulp or two of a loss around 3 in every step, which
+# the optimiser carries on.
 ROUNDING = 20 * torch.finfo(torch.float32).eps
 LAYOUTS = {
     "padded": ("--layout", "longest"),
@@ -34,9 +29,9 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """57 sentences: the last batch of 8 is a single one, and a second process has nothing to do.
+    """57 sentences: the last batch of 8 has a single one, none for a second process.
 
-    No dropout: its masks are drawn by each process for its own sentences.
+    No dropout, because each process draws masks for its own sentences.
     """
     folder = tmp_path_factory.mktemp("files")
     train, test = demo.generate()
@@ -56,7 +51,7 @@ def arguments(files: Path, output: Path, *more: str) -> list:
 
 
 def finish(size: int, files: Path, output: Path, *more: str) -> list[str]:
-    """Train to the end in so many processes; what each of them printed."""
+    """Train to the end; returns what each process printed."""
     runs = run_team(size, arguments(files, output, *more), output.parent)
     assert [run.wait() for run in runs] == [0] * size, [run.text() for run in runs]
     return [run.text() for run in runs]
@@ -84,15 +79,15 @@ def test_two_processes_have_the_curve_and_the_scores_of_one(
 ) -> None:
     finish(1, files, tmp_path / "one", *LAYOUTS[layout])
     scores = [entry.get("entity_f1", 0) for entry in log_of(tmp_path / "one")]
-    assert max(scores) > 0, "scores that say something"
+    assert max(scores) > 0, "the scores must say something"
     writer, other = finish(2, files, tmp_path / "two", *LAYOUTS[layout])
     assert_same_to_rounding(tmp_path / "two", tmp_path / "one")
     assert "saved to" in writer
-    assert other == "", "one of them speaks and writes"
+    assert other == "", "only the writer prints"
 
 
 def test_three_processes_are_killed_and_go_on_to_the_same_bits(files: Path, tmp_path: Path) -> None:
-    """Three, because the sum of two numbers does not depend on their order."""
+    """Three, because a sum of two numbers does not depend on their order."""
     finish(3, files, tmp_path / "whole")
     output = tmp_path / "run"
     runs = run_team(3, arguments(files, output), tmp_path)
@@ -108,7 +103,7 @@ def test_three_processes_are_killed_and_go_on_to_the_same_bits(files: Path, tmp_
 def test_a_process_dies_and_others_go_on(
     files: Path, tmp_path: Path, killed: int, size: int
 ) -> None:
-    """The run ends and says so; it is resumed with another number of processes."""
+    """The others end with one line; the run resumes with another number of processes."""
     finish(1, files, tmp_path / "whole")
     output = tmp_path / "run"
     runs = run_team(2, arguments(files, output), tmp_path)
@@ -119,21 +114,21 @@ def test_a_process_dies_and_others_go_on(
     assert survivor.wait() == 2, survivor.text()
     assert "Traceback" not in survivor.text()
     line = survivor.text().splitlines()[-1]
-    assert "another process of the run has ended" in line
+    assert "another process of this run has ended" in line
     text = finish(size, files, output, "--resume")[0]
-    assert f"the number of processes was 2 and is {size}: the run goes on" in text
+    assert f"the number of processes was 2 and is {size}: the run continues" in text
     assert_same_to_rounding(output, tmp_path / "whole")
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     runs = run_team(2, arguments(files, output, "--epochs", "200"), tmp_path)
-    runs[0].wait_until(lambda: list_of(output / "checkpoints"))  # so the other is in its loop, too
+    runs[0].wait_until(lambda: list_of(output / "checkpoints"))  # then the other is in its loop too
     runs[1].send(signal.SIGTERM)
     assert [run.wait() for run in runs] == [143, 143]
-    assert "the same command with --resume goes on" in runs[0].text()
+    assert "the same command with --resume continues" in runs[0].text()
     (*_, last) = list_of(output / "checkpoints")
-    assert len(read(last).tensors["generator.cpu"]) == 2, "every process's generator is in it"
+    assert len(read(last).tensors["generator.cpu"]) == 2, "both generators are in it"
 
 
 def test_the_writer_cannot_write(files: Path, tmp_path: Path) -> None:
@@ -151,7 +146,7 @@ def test_the_writer_cannot_write(files: Path, tmp_path: Path) -> None:
 
 
 def test_torchrun(files: Path, tmp_path: Path) -> None:
-    """As it is typed; a process that is killed ends the run with its reason."""
+    """The command as typed; torchrun names the process that was killed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", str(ROOT / "train.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

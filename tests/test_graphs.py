@@ -1,8 +1,8 @@
-"""A step's passes recorded and replayed: everything of it but the recording by CUDA.
+"""CUDA graphs of a training step, all but the capture.
 
-The recorder here repeats the passes and writes what they leave to where the first ones left it, as
-a CUDA graph does; attention is the project's kernels in the emulator. What CUDA records is tested
-on a GPU (``test_gpu_model.py``).
+The recorder here runs the passes again and copies the result to where the first one is, as a CUDA
+graph does; attention is our kernels in the emulator. The capture itself is tested on a GPU
+(``test_gpu_model.py``).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import test_kernels_ops  # the kernels' CPU side is the emulator
 import torch
+from builders import small_bert, write_bio
 from torch import Tensor
-from training_runs import tiny_model, write_bio
+from training_runs import tiny_model
 
 import train
 from benchmarks import gpu_bench, gpu_models
-from minibert import BertConfig, BertForTokenClassification
+from minibert import BertForTokenClassification
 from minibert.files import MinibertError
 from minibert.model import encoder
 from minibert.model.attention import Attended, sdpa
@@ -29,6 +30,7 @@ from minibert.speed import cuda_graphs
 from minibert.speed.cuda_graphs import Graphs, Passes, Recording, Size
 from minibert.text import bio, demo
 from minibert.text.bio import Batch, Example
+from minibert.training import step
 
 own_kernels = test_kernels_ops.own_kernels
 LABELS = ("O", "B-A", "I-A")
@@ -37,7 +39,7 @@ BATCHES = ([2, 2, 2, 2, 8, 8, 8], [9, 9, 9, 5], [30, 70], [5, 17, 9], [3] * 10, 
 
 
 class Repeated:
-    """Records by remembering; counts how often."""
+    """A recorder that runs the passes again; counts the recordings."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -45,21 +47,21 @@ class Repeated:
     def __call__(self, passes: Callable[[], Passes]) -> Recording:
         self.count += 1
         with torch.random.fork_rng():
-            left = passes()
+            result = passes()
 
         def replay() -> None:
             again = passes()
-            left.loss.copy_(again.loss)
-            for place, gradient in zip(left.gradients, again.gradients):
+            result.loss.copy_(again.loss)
+            for place, gradient in zip(result.gradients, again.gradients):
                 assert place is not None
                 assert gradient is not None
                 place.copy_(gradient)
 
-        return Recording(replay, left)
+        return Recording(replay, result)
 
 
 def by_starts(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, _p: float) -> Attended:
-    """Attention in any dtype that, like fused attention, looks at ``starts`` alone."""
+    """Attention in any dtype that reads ``starts`` alone, like fused attention."""
     assert isinstance(layout, Packed)
     contexts = []
     for start, stop in zip(layout.starts.tolist(), layout.starts[1:].tolist()):
@@ -70,7 +72,9 @@ def by_starts(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, _p: f
 
 
 def model_of(attn: str, dropout_p: float) -> BertForTokenClassification:
-    config = BertConfig(
+    return small_bert(
+        attn=attn,
+        noise=0.0,
         vocab_size=50,
         hidden_size=64,
         num_hidden_layers=1,
@@ -80,9 +84,7 @@ def model_of(attn: str, dropout_p: float) -> BertForTokenClassification:
         labels=LABELS,
         hidden_dropout_prob=dropout_p,
         attention_probs_dropout_prob=dropout_p,
-    )
-    torch.manual_seed(0)
-    return BertForTokenClassification(config, attn).train()
+    ).train()
 
 
 def batch_of(lengths: list[int], filler: int | None = 0) -> Batch:
@@ -108,7 +110,7 @@ def gradients_of(model: BertForTokenClassification) -> list[Tensor]:
 
 @pytest.mark.usefixtures("own_kernels")
 def test_replayed_steps_are_the_bits_of_plain_ones() -> None:
-    """Real kernels under autocast, dropout on, sizes by turns, another scale each time."""
+    """Our kernels under autocast with dropout; sizes alternate and the scale changes."""
     model = model_of("fused", dropout_p=0.1)
     recorder = Repeated()
     recorded = Graphs(model, torch.float16, recorder)
@@ -116,7 +118,7 @@ def test_replayed_steps_are_the_bits_of_plain_ones() -> None:
     for turn, index in enumerate([0, 1, 2, 3, 0, 2]):
         scale = 2.0**turn
         torch.manual_seed(turn)
-        loss = recorded.backward(batches[index], scale).clone()
+        loss = recorded.backward(batches[index].inputs, scale).clone()
         state, gradients = torch.get_rng_state(), gradients_of(model)
         model.zero_grad()
         torch.manual_seed(turn)
@@ -131,13 +133,13 @@ def test_replayed_steps_are_the_bits_of_plain_ones() -> None:
 
 
 def test_filling_up_changes_rounding_alone() -> None:
-    """Against the batch without a filler, and the gradients of no step are left in the next."""
+    """Against the batch without a filler; no step's gradients are left in the next."""
     model = model_of("sdpa", dropout_p=0.0).double()
     layer = model.bert.layers[0]
     recorded = Graphs(model, torch.float32, Repeated())
     for lengths in (*BATCHES, *reversed(BATCHES)):
         layer.attention.attend = by_starts
-        loss = recorded.backward(batch_of(lengths), 3.0).clone()
+        loss = recorded.backward(batch_of(lengths).inputs, 3.0).clone()
         gradients = gradients_of(model)
         model.zero_grad()
         layer.attention.attend = sdpa
@@ -156,7 +158,7 @@ def test_gradients_stay_where_they_are() -> None:
 
     def addresses(lengths: list[int]) -> list[int]:
         model.zero_grad()
-        recorded.backward(batch_of(lengths))
+        recorded.backward(batch_of(lengths).inputs)
         return [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
 
     first, other, again = addresses([16, 16]), addresses([30, 70]), addresses([12, 20])
@@ -169,16 +171,16 @@ def test_sizes_beyond_the_last_graph_go_without() -> None:
     model.bert.layers[0].attention.attend = by_starts
     recorder = Repeated()
     recorded = Graphs(model, torch.float32, recorder, most=1)
-    recorded.backward(batch_of([16, 16]))
+    recorded.backward(batch_of([16, 16]).inputs)
     kept = gradients_of(model)
-    loss = recorded.backward(batch_of([30, 70]), 2.0)
+    loss = recorded.backward(batch_of([30, 70]).inputs, 2.0)
     gradients = gradients_of(model)
     model.zero_grad()
     expected = model(**batch_of([30, 70]).inputs).loss
     (2.0 * expected).backward()
     assert torch.equal(loss, expected.detach())
     assert all(map(torch.equal, gradients, gradients_of(model)))
-    recorded.backward(batch_of([16, 16]))
+    recorded.backward(batch_of([16, 16]).inputs)
     assert all(map(torch.equal, gradients_of(model), kept))
     assert recorder.count == 1
 
@@ -213,16 +215,15 @@ def test_what_is_missing_is_named(given: tuple, named: str) -> None:
     cuda_graphs.require(torch.device("cuda"), "fused", "packed", 1, 1)
 
 
-def test_train_py_steps_by_graphs(
+def test_train_py_uses_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The loop with this file's recorder; a run is not resumed without what it began with."""
-    monkeypatch.setattr(train, "require", lambda *_: None)
+    """The loop with this file's recorder; the run does not resume without ``--graphs``."""
+    monkeypatch.setattr(step, "require", lambda *_: None)
     recorder = Repeated()
-    monkeypatch.setattr(train, "Recorder", lambda _device: recorder)
-    monkeypatch.setitem(
-        encoder.IMPLEMENTATIONS, "sdpa", encoder.Implementation(by_starts, encoder.add_norm)
-    )
+    monkeypatch.setattr(step, "Recorder", lambda _device: recorder)
+    version = encoder.Implementation(by_starts, encoder.add_norm)
+    monkeypatch.setitem(encoder.IMPLEMENTATIONS, "sdpa", version)
     sentences = demo.generate()[0][:64]
     corpus, output = write_bio(tmp_path / "corpus.bio", sentences), tmp_path / "run"
     small = tiny_model(tmp_path / "small", sentences)
@@ -238,7 +239,7 @@ def test_train_py_steps_by_graphs(
     assert "CUDA graphs was on and is not given" in capsys.readouterr().err
 
 
-def test_the_gpu_benchmark_trains_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_benchmark_uses_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_models, "Recorder", lambda _device: Repeated())
     model = model_of("sdpa", dropout_p=0.1)
     model.bert.layers[0].attention.attend = by_starts

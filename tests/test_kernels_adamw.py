@@ -176,14 +176,14 @@ def test_the_gpu_chooses_one_pass_and_says_why_not(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_75")
     monkeypatch.setattr(optim, "AdamW", lambda *_, eps: "plain")
     there = [optim.Group([SimpleNamespace(device=torch.device("cuda"))])]
-    assert optim.choose_adamw(there, "google").optimizer == "one pass"
+    assert optim.choose_adamw(there, "google").value == "one pass"
 
     def cubin(*_) -> bytes:
         raise build.BuildError("no compiler")
 
     monkeypatch.setattr(build, "cubin", cubin)
     chosen = optim.choose_adamw(there, "google")
-    assert chosen.optimizer == "plain"
+    assert chosen.value == "plain"
     assert chosen.reason.endswith("the one-pass kernel cannot run: no compiler")
 
 

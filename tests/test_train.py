@@ -1,21 +1,22 @@
-"""train.py as a user runs it: real processes, a small file, and real weights for the main run."""
+"""train.py as a user runs it: real processes, a small corpus, real weights for the main run."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from training_runs import tiny_model
+from builders import write_bio
+from training_runs import ROOT, tiny_model
 
-from minibert import Tagger
+from minibert import Tagger, cli
 from minibert.files import sha256_of
 from minibert.text import demo
-
-ROOT = Path(__file__).resolve().parent.parent
+from minibert.training.arguments import parse
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +24,13 @@ def files(tmp_path_factory) -> Path:
     """48 training and 16 test sentences."""
     folder = tmp_path_factory.mktemp("bio")
     train, test = demo.generate()
-    for name, sentences in (("train.bio", train[:48]), ("test.bio", test[:16])):
-        blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences]
-        (folder / name).write_text("\n".join(blocks))
+    write_bio(folder / "train.bio", train[:48])
+    write_bio(folder / "test.bio", test[:16])
     return folder
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A model where it does not matter which."""
     return tiny_model(tmp_path_factory.mktemp("small"), demo.generate()[1][:16])
 
 
@@ -66,7 +65,7 @@ def test_a_run_leaves_what_it_promises_and_repeats_to_the_bit(
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, 11))
-    assert steps[0].keys() == {"step", "epoch", "loss", "lr"}, "no timing: it is not repeatable"
+    assert steps[0].keys() == {"step", "epoch", "loss", "lr"}, "no times: they do not repeat"
     assert steps[0]["lr"] == 0.0  # the first step of the warm-up
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [entry["epoch"] for entry in log if entry.get("set") == "dev"] == [1, 2]
@@ -98,7 +97,7 @@ def test_every_kind_of_run(files: Path, small: Path, tmp_path: Path, arguments: 
     assert "test.bio" not in ran.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sentences"] == 16
-    assert not (tmp_path / "out" / "best").exists()  # nothing was held out to choose by
+    assert not (tmp_path / "out" / "best").exists(), "there was no dev set to choose by"
 
 
 def test_averaging_changes_the_saved_model_and_not_the_training(
@@ -160,9 +159,40 @@ def test_a_directory_that_cannot_be_written(files: Path, minilm: Path, tmp_path:
     assert "cannot be written" in ran.stderr
 
 
+@pytest.mark.parametrize("program", ["train.py", "minibert train"])
+def test_every_flag_is_explained(program: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"]) if program == "train.py" else cli.main(["train", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {program} [-h]")
+    usage, _, explained = text.partition("\noptions:\n")
+    for flag in set(re.findall(r"--[a-z-]+", usage)):
+        assert re.search(rf"^  {flag}( \S+)?\s+\w", explained, flags=re.MULTILINE), flag
+    assert "peak learning rate, reached at the end of the warm-up" in " ".join(text.split())
+    assert "(default: 0.0003, paper: 5e-05)" in " ".join(text.split())
+
+
+def test_minibert_train_is_train_py(
+    small: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The package holds the same file; errors carry the name of the command that was typed."""
+    loop = ROOT / "minibert" / "training" / "loop.py"
+    assert os.readlink(loop) == "../../train.py", "a wheel holds what this links to"
+    assert loop.read_bytes() == (ROOT / "train.py").read_bytes()
+    arguments = ("--model", str(small), "--train", str(files / "none"), "--output", str(tmp_path))
+    for command in ([ROOT / "train.py"], ["-m", "minibert.cli", "train"]):
+        ran = subprocess.run(
+            [sys.executable, *command, *arguments], capture_output=True, text=True, cwd=ROOT
+        )
+        assert ran.returncode == 2
+        program = "train.py" if len(command) == 1 else "minibert train"
+        assert ran.stderr.startswith(f"{program}: {files}/none: cannot be read")
+
+
 KEEP = """
 import resource, torch
-from minibert.machine import keep_freed_memory
+from minibert.speed.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -171,13 +201,12 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 print(faults(), keep_freed_memory())
-faults()  # the first blocks that are kept have to be fetched once
+faults()  # the first blocks are new
 print(faults())
 """
 
 
 def test_freed_memory_is_kept() -> None:
-    """Where it is not, the pages of every block come from the system again."""
     before, kept, after = in_a_plain_process(KEEP)
     if kept == "False":
         pytest.skip("not glibc")
@@ -186,13 +215,13 @@ def test_freed_memory_is_kept() -> None:
 
 HUGE = """
 import torch
-from minibert.machine import ask_for_huge_pages
+from minibert.speed.memory import use_huge_pages
 
 def on_huge_pages():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
 
-ask_for_huge_pages()
+use_huge_pages()
 before = on_huge_pages()
 kept = torch.ones(16 << 20)  # 64 MB
 print(on_huge_pages() - before)
@@ -202,15 +231,15 @@ print(on_huge_pages() - before)
 def test_large_tensors_lie_on_huge_pages() -> None:
     offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not offered.exists() or "[never]" in offered.read_text():
-        pytest.skip("the system has no huge pages to give")
+        pytest.skip("the system has no huge pages")
     (kilobytes,) = in_a_plain_process(HUGE)
     assert int(kilobytes) > 48 << 10
 
 
 def in_a_plain_process(program: str) -> list[str]:
-    """What a program prints whose memory nobody has settled beforehand."""
-    settled = ("MALLOC_", "THP_")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(settled)}
+    """The output of a program that starts without memory settings."""
+    settings = ("MALLOC_", "THP_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     ran = subprocess.run(
         [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True
     )

@@ -14,17 +14,9 @@ from torch import nn
 
 from minibert import BertForTokenClassification
 from minibert.pretrained.weights import names_of
-from minibert.training.adamw import (
-    AdamW,
-    FusedAdamW,
-    Group,
-    LossScaler,
-    bert_groups,
-    choose_adamw,
-    clip_grad_norm,
-    linear_schedule,
-)
+from minibert.training.adamw import AdamW, FusedAdamW, Group, bert_groups, choose_adamw
 from minibert.training.averaging import WeightAverage
+from minibert.training.schedule import LossScaler, clip_grad_norm, linear_schedule
 
 STEPS = 20
 
@@ -46,7 +38,7 @@ def batches(vocab_size: int, steps: int = STEPS) -> list[dict]:
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 def test_twenty_steps_leave_every_weight_bit_equal(minilm: Path, attn: str, decay: float) -> None:
-    """Dropout on, clipping active, warm-up and decay: ours against the reference's own loop."""
+    """Dropout, clipping, warm-up and decay: against a loop of transformers and torch."""
     lr, warmup = 3e-4, 5
     torch.manual_seed(0)
     theirs = transformers.BertForTokenClassification.from_pretrained(
@@ -69,12 +61,11 @@ def test_twenty_steps_leave_every_weight_bit_equal(minilm: Path, attn: str, deca
     clipped = 0
     for step, inputs in enumerate(batches(30522)):
         ours(**inputs).loss.backward()
-        my_norm = clip_grad_norm(ours.parameters(), 1.0)
+        my_norm = mine.clipped_step(lr * linear_schedule(step, STEPS, warmup), 1.0)
         clipped += bool(my_norm > 1.0)
-        mine.step(lr * linear_schedule(step, STEPS, warmup))
         mine.zero_grad()
 
-    assert clipped > 0, "the test is to clip"
+    assert clipped > 0, "clipping must be active"
     assert torch.equal(my_norm, norm)
     assert torch.equal(torch.get_rng_state(), state_after)
     state = theirs.state_dict()
@@ -83,7 +74,7 @@ def test_twenty_steps_leave_every_weight_bit_equal(minilm: Path, attn: str, deca
 
 
 def walk(step_of, seed: int = 0, steps: int = 50) -> torch.Tensor:
-    """A parameter pulled about by fixed pseudo-gradients for some steps."""
+    """Where fixed pseudo-gradients take a parameter in some steps."""
     draw = torch.Generator().manual_seed(seed)
     parameter = nn.Parameter(torch.randn(7, 5, generator=draw))
     step = step_of(parameter)
@@ -148,7 +139,7 @@ def test_each_semantics_follows_its_formula(decay: float) -> None:
         return torch.optim.AdamW([parameter], lr=1e-2, eps=1e-8, weight_decay=decay).step
 
     assert torch.equal(walk(ours("torch", decay)), walk(torch_adamw))
-    # The formulas written out round in another order: 50 steps of a few ulps of values around 1.
+    # The formulas round in another order: 50 steps of a few ulps of values around 1.
     tolerance = {"rtol": 0, "atol": 50 * 4 * torch.finfo(torch.float32).eps}
     torch.testing.assert_close(
         walk(ours("transformers", decay)), walk(transformers_adamw(decay)), **tolerance
@@ -156,11 +147,11 @@ def test_each_semantics_follows_its_formula(decay: float) -> None:
     torch.testing.assert_close(walk(ours("google", decay)), walk(google_adamw(decay)), **tolerance)
 
 
-SHAPES = ((300, 65), (33,), (7, 5, 3), (2,))  # whole vectors and rests, and one without a gradient
+SHAPES = ((300, 65), (33,), (7, 5, 3), (2,))  # whole vectors and rests; the last has no gradient
 
 
 def trajectory(make, clip: float | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Where 30 steps lead, by an optimiser made from two lists of parameters, decayed and not."""
+    """Where 30 steps lead. ``make`` takes two lists of parameters, decayed and not."""
     draw = torch.Generator().manual_seed(5)
     parameters = [nn.Parameter(torch.randn(s, generator=draw).to(dtype)) for s in SHAPES]
     step = make(parameters[:2], parameters[2:])
@@ -212,34 +203,39 @@ def test_fused_adamw_errs_no_more_than_the_plain_one(clip: float | None) -> None
     assert errors[FusedAdamW].abs().max() <= 2 * errors[AdamW].abs().max() < 1e-5
 
 
-def test_an_overflow_skips_a_fused_step() -> None:
+@pytest.mark.parametrize("kind", [AdamW, FusedAdamW])
+def test_an_overflow_skips_a_step(kind: type[AdamW]) -> None:
     parameter = nn.Parameter(torch.ones(20))
-    optimizer, scaler = FusedAdamW([Group([parameter])]), LossScaler(scale=8.0)
+    optimizer, scaler = kind([Group([parameter])]), LossScaler(scale=8.0)
     parameter.grad = torch.full((20,), math.inf)
     optimizer.clipped_step(0.1, 1.0, scaler)
     assert (parameter == 1).all()
     assert (optimizer.steps, scaler.scale) == (0, 4.0)
+    assert not optimizer.first[0].any()
     parameter.grad = torch.full((20,), 4e-3)  # 1e-3 before it was scaled: below the bound
     optimizer.clipped_step(0.1, 1.0, scaler)
     reference = nn.Parameter(torch.ones(20))
     reference.grad = torch.full((20,), 1e-3)
-    torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0, fused=True).step()
+    fused = kind is FusedAdamW
+    torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0, fused=fused).step()
     assert torch.equal(parameter, reference)
 
 
 def test_which_adamw_is_taken_and_why() -> None:
     groups = [Group([nn.Parameter(torch.ones(2))])]
-    fused, reason = choose_adamw(groups, "torch")
-    assert type(fused) is FusedAdamW
-    assert reason == "with clipping and unscaling in one pass, by torch's fused CPU kernel"
-    assert type(choose_adamw(groups, "torch", plain=True).optimizer) is AdamW
-    google, reason = choose_adamw(groups, "google")
-    assert type(google) is AdamW
-    assert "no one-pass kernel for 'google' on cpu" in reason
+    fused = choose_adamw(groups, "torch")
+    assert type(fused.value) is FusedAdamW
+    assert fused.reason == "in one pass, with torch's fused CPU kernel"
+    plain = choose_adamw(groups, "torch", plain=True)
+    assert type(plain.value) is AdamW
+    assert plain.reason == "one torch operation at a time: as requested"
+    google = choose_adamw(groups, "google")
+    assert type(google.value) is AdamW
+    assert "no one-pass kernel for 'google' on cpu" in google.reason
 
 
-def test_the_semantics_differ_as_much_as_is_said() -> None:
-    """Equal eps, no decay: torch's and transformers' agree to rounding, Google's goes farther."""
+def test_how_much_the_semantics_differ() -> None:
+    """Equal eps, no decay: torch's and transformers' agree to rounding, Google's moves further."""
     start = walk(lambda parameter: lambda: None)
     torch_end = walk(ours("torch", 0.0, 1e-8))
     former_end = walk(ours("transformers", 0.0, 1e-8))
@@ -264,7 +260,7 @@ def test_clipping_equals_torch(max_norm: float, seed: int) -> None:
             parameter = nn.Parameter(torch.zeros(shape))
             parameter.grad = torch.randn(shape, generator=draw) * 3
             result.append(parameter)
-        return [*result, nn.Parameter(torch.zeros(2))]  # the last one without a gradient
+        return [*result, nn.Parameter(torch.zeros(2))]  # the last has no gradient
 
     mine, theirs = parameters(), parameters()
     assert torch.equal(
@@ -286,16 +282,26 @@ def test_decay_spares_biases_and_norms(minilm: Path) -> None:
 
 
 def test_loss_scaler_backs_off_and_recovers() -> None:
-    parameter = nn.Parameter(torch.ones(3))
-    scaler = LossScaler(scale=8.0, patience=2)
-    parameter.grad = torch.tensor([8.0, 16.0, float("inf")])
-    assert not scaler.unscale([parameter])
-    assert scaler.scale == 4.0
-    for expected_scale in (4.0, 8.0):
-        parameter.grad = torch.tensor([4.0, 8.0, 0.0])
-        assert scaler.unscale([parameter])
-        assert scaler.scale == expected_scale
-    assert parameter.grad.tolist() == [1.0, 2.0, 0.0]
+    scaler = LossScaler(scale=8.0, patience=2, limit=3)
+    scales = []
+    for finite in (False, True, True, True, False, False):
+        assert scaler.record(finite) is finite
+        scales.append(scaler.scale)
+    assert scales == [4.0, 4.0, 8.0, 8.0, 4.0, 2.0]
+    assert not scaler.gave_up
+    scaler.record(False)
+    assert scaler.gave_up
+
+
+def test_gradients_are_unscaled_before_they_are_clipped() -> None:
+    """A power of two changes no bit of the norm or the gradients."""
+    plain, scaled = (nn.Parameter(torch.zeros(50)) for _ in range(2))
+    plain.grad = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    scaled.grad = plain.grad * 2.0**12
+    for bound in (1.0, 100.0):
+        assert torch.equal(clip_grad_norm([scaled], bound, 2.0**12), clip_grad_norm([plain], bound))
+        assert torch.equal(scaled.grad, plain.grad)
+        scaled.grad = plain.grad * 2.0**12
 
 
 @pytest.mark.parametrize(

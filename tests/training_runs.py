@@ -1,11 +1,12 @@
-"""Real training runs of a tiny model, each in a process of its own that can be killed.
+"""Training runs of a tiny model, each in its own process, which tests can kill.
 
-A process is forked from a server that has torch and train.py loaded already, so that starting one
-takes milliseconds: it then is a process as any other, with its own memory, files and signals.
+The processes are forked from a server that has loaded torch and train.py, so one starts in
+milliseconds. Memory, files and signals are the process's own.
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -15,8 +16,9 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from minibert.files import write_text
-from minibert.model.config import BertConfig
+import builders
+from builders import write_bio
+
 from minibert.text import demo
 from minibert.text.bio import Sentence, labels_of
 
@@ -30,42 +32,23 @@ SERVER.set_forkserver_preload(
 )
 
 
-def write_bio(path: Path, sentences: list[Sentence]) -> Path:
-    blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences]
-    write_text(path, "\n".join(blocks))
-    return path
-
-
-def tiny_model(
-    folder: Path, sentences: list[Sentence], dropout: float = 0.1, size: int = 16
-) -> Path:
-    """A BERT of two layers, drawn at random, with a vocabulary of these sentences' words."""
-    import torch
-
-    from minibert import BertForTokenClassification
-
-    words = sorted({word.lower() for sentence in sentences for word in sentence.words})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words[::2]]
-    write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece in vocabulary))
-    write_text(folder / "tokenizer_config.json", '{"do_lower_case": true}\n')
-    config = BertConfig(
-        vocab_size=len(vocabulary),
+def tiny_model(folder: Path, sentences: list[Sentence], dropout: float = 0.1) -> Path:
+    """A saved model of 16 hidden units that knows the words of these sentences."""
+    return builders.small_checkpoint(
+        folder,
+        words=sorted({word.lower() for sentence in sentences for word in sentence.words}),
+        noise=0.0,
         hidden_size=16,
-        num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=64,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         labels=labels_of(sentences),
     )
-    torch.manual_seed(7)
-    BertForTokenClassification(config).save_pretrained(folder)
-    return folder
 
 
 def demo_files(folder: Path, training: int = 60, test: int = 12) -> tuple[Path, Path]:
-    """Two BIO files and, beside them, a tiny model that fits them."""
+    """Write two BIO files and, next to them, a tiny model for them."""
     train, held_out = demo.generate()
     tiny_model(folder / "model", train[:training] + held_out[:test])
     return (
@@ -75,14 +58,13 @@ def demo_files(folder: Path, training: int = 60, test: int = 12) -> tuple[Path, 
 
 
 class Run:
-    """A training process; what it prints goes to ``output.txt``.
+    """A training process.
 
     Args:
         arguments: of train.py.
-        printed: file for its stdout and stderr, appended to.
-        fatal: ("disk", n): it kills itself at the n-th call that changes the disk, whatever for;
-            ("checkpoint", n): at the n-th step of writing checkpoints; None: at none.
-        environment: variables set in it.
+        printed: file that its stdout and stderr are appended to.
+        fatal: (kind, n): it kills itself at the n-th call of that kind in ``KILL_POINTS``.
+        environment: variables to set in it.
     """
 
     def __init__(
@@ -102,7 +84,7 @@ class Run:
         self.process.start()
 
     def text(self) -> str:
-        """What it has printed so far."""
+        """Its output so far."""
         return self.printed.read_bytes()[self.start :].decode()
 
     def send(self, number: int) -> None:
@@ -110,7 +92,7 @@ class Run:
         os.kill(self.process.pid, number)
 
     def wait(self, seconds: float = 120.0) -> int:
-        """The exit status; the signal's number below zero where one killed it."""
+        """The exit status; minus the signal's number if one killed it."""
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()
@@ -118,16 +100,16 @@ class Run:
         return self.process.exitcode
 
     def wait_until(self, condition, seconds: float = 60.0) -> None:
-        """Until the condition holds; the process must not end before."""
+        """Wait for the condition; the process must not end before it holds."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.is_alive(), f"ended early: {self.text()}"
-            assert time.monotonic() < deadline, f"waited in vain: {self.text()}"
+            assert time.monotonic() < deadline, f"timeout: {self.text()}"
             time.sleep(0.001)
 
 
 def run_team(size: int, arguments: list, folder: Path) -> list[Run]:
-    """Several processes that train together, connected as torchrun connects them."""
+    """Start processes that train together, with torchrun's environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -144,14 +126,14 @@ def train_here(
     fatal: tuple[str, int] | None,
     environment: dict[str, str],
 ) -> None:
-    """In the new process: train.py with these arguments."""
+    """Run train.py, in the new process."""
     import threading
 
     import torch
     from tqdm import tqdm
 
     os.environ.update(environment)
-    tqdm.set_lock(threading.RLock())  # its own would outlive a process that is killed
+    tqdm.set_lock(threading.RLock())  # tqdm's default lock outlives a killed process
 
     sys.path.insert(0, str(ROOT))
     import train
@@ -166,15 +148,19 @@ def train_here(
     sys.exit(train.main(arguments))
 
 
-def die_at(kind: str, call: int) -> None:
-    """Have SIGKILL come at the ``call``-th of some calls: just before it or just after it."""
-    from minibert.pretrained import weights
-    from minibert.training import resume
+# Module and name of functions: any change to the disk; the steps of writing a checkpoint.
+KILL_POINTS = {
+    "disk": [("os", name) for name in ("fsync", "replace", "mkdir", "rmdir", "unlink")],
+    "checkpoint": [
+        ("minibert.pretrained.weights", "write"),
+        ("minibert.training.resume", "manifest_of"),
+        ("minibert.training.resume", "sync"),
+    ],
+}
 
-    places = {
-        "disk": [(os, name) for name in ("fsync", "replace", "mkdir", "rmdir", "unlink")],
-        "checkpoint": [(weights, "write"), (resume, "described"), (resume, "sync")],
-    }
+
+def die_at(kind: str, call: int) -> None:
+    """SIGKILL at the ``call``-th call of a kill point: before it if odd, after it if even."""
     count = 0
 
     def deadly(function):
@@ -190,12 +176,13 @@ def die_at(kind: str, call: int) -> None:
 
         return wrapped
 
-    for module, name in places[kind]:
-        setattr(module, name, deadly(getattr(module, name)))
+    for module, name in KILL_POINTS[kind]:
+        home = importlib.import_module(module)
+        setattr(home, name, deadly(getattr(home, name)))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, and every directory, by its path."""
+    """The content of every file below a folder by path, and every directory."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"a directory"
         for path in sorted(folder.rglob("*"))
@@ -206,4 +193,4 @@ def assert_same_tree(folder: Path, expected: Path) -> None:
     found, wanted = tree(folder), tree(expected)
     assert found.keys() == wanted.keys()
     different = [name for name in wanted if found[name] != wanted[name]]
-    assert not different, f"other bytes in {', '.join(different)}"
+    assert not different, f"different bytes in {', '.join(different)}"

@@ -1,22 +1,22 @@
-"""The two passes of a training step as a CUDA graph: one launch instead of many hundreds.
+"""The forward and backward pass of a training step as a CUDA graph: one launch, not hundreds.
 
-With few word-pieces in a batch a GPU waits for Python to start the next small kernel. A CUDA graph
-is a recording of what was started, and starts all of it at once; but with the shapes and the
-addresses of then. So:
+With small batches a GPU waits for Python to launch the next kernel. A CUDA graph records launches
+and replays them all at once, but with the shapes and addresses used at capture. So:
 
-- There is one graph for each ``Size``, and batches are filled up to a few sizes.
-- A batch is copied to where the recorded kernels read. What changes from step to step stands there
+- There is one graph per ``Size``, and batches are filled up to a few sizes.
+- A batch is copied to where the captured kernels read. What changes from step to step lives there
   as a tensor too: where sentences begin, and the scale of the loss.
-- The seeds of dropout are drawn by recorded kernels, anew at every replay.
+- Captured kernels draw the seeds of dropout, new ones in every replay.
 
-Recorded are the forward and the backward pass. The update is one kernel already (``OnePassAdamW``),
-and whether it may happen is asked in between. Shape legend: see layout.py.
+The update is not captured: it is one kernel already (``OnePassAdamW``), and a loss scaler decides
+in between whether it happens. Shape legend: see layout.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,24 +26,26 @@ from minibert.model.heads import BertForTokenClassification
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
 
-MOST = 12  # graphs; each keeps gradients of its own, as large as the model
+MOST = 12  # graphs; each keeps its own gradients, as large as the model
+
+Inputs = Mapping[str, Tensor | Packed]  # of the model: input_ids, labels, layout
 
 
 class Size(NamedTuple):
-    """What batches must have in common to share a graph."""
+    """What batches that share a graph have in common."""
 
-    tokens: int  # just so many
+    tokens: int  # exactly
     sentences: int  # at most
-    longest: int  # no sentence has more tokens
+    longest: int  # tokens of a sentence, at most
 
     @classmethod
     def of(cls, layout: Packed, positions: int) -> Size:
-        """The size of a batch for a model of so many positions.
+        """The size of a batch, for a model with this many positions.
 
-        Rough where that costs next to nothing: a place for a sentence, or a bound on the lengths,
-        that is not needed is a block of threads that ends at once.
+        The bounds are coarse because they are cheap: an unused sentence, or the part of a length
+        bound that is not needed, is a thread block that ends at once.
         """
-        sentences = _power_of_two(len(layout.lengths) + 1)  # as many, filled up or not
+        sentences = _power_of_two(len(layout.lengths) + 1)  # the same with and without a filler
         longest = min(max(SHORT, _power_of_two(layout.max_length)), positions)
         return cls(sum(layout.lengths), sentences, longest)
 
@@ -51,16 +53,16 @@ class Size(NamedTuple):
 def require(
     device: torch.device, attention: str, layout: str, accumulate: int, processes: int
 ) -> None:
-    """Make sure that a run can use graphs.
+    """Check that a training run can use graphs.
 
     Args:
         device: where it trains.
-        attention: the implementation.
-        layout, accumulate: of the recipe.
-        processes: that train the model.
+        attention: its attention implementation.
+        layout, accumulate: of its recipe.
+        processes: how many train the model.
 
     Raises:
-        MinibertError: it cannot; says what is missing.
+        MinibertError: it cannot; names the first thing that is missing.
     """
     needs = {
         f"a CUDA device, not {device}": device.type == "cuda",
@@ -71,16 +73,17 @@ def require(
     }
     for need, is_met in needs.items():
         if not is_met:
-            raise MinibertError(f"--graphs needs {need}: change that or leave it out")
+            raise MinibertError(f"--graphs needs {need}: change that or leave out --graphs")
 
 
 def _power_of_two(number: int) -> int:
-    """The next one, from the number on."""
+    """The smallest one that is not below ``number``."""
     return 1 << (number - 1).bit_length()
 
 
-class Places(NamedTuple):
-    """Where the recorded kernels read."""
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The tensors that captured kernels read."""
 
     ids_N: Tensor
     labels_N: Tensor
@@ -88,15 +91,15 @@ class Places(NamedTuple):
     scale: Tensor  # of the loss, a scalar
 
     @property
-    def inputs(self) -> dict[str, Tensor | Packed]:
-        """They as a batch, for the model."""
+    def inputs(self) -> Inputs:
+        """The same tensors as arguments of the model."""
         return {"input_ids": self.ids_N, "labels": self.labels_N, "layout": self.layout}
 
     @classmethod
     def of(cls, size: Size, device: torch.device) -> Places:
-        """Empty places. Only fused attention takes this layout: it looks at ``starts`` alone.
+        """Empty places. Only fused attention can run on this layout, as it reads ``starts`` alone.
 
-        The lengths merely say how much room there is, in as many tokens and none above the longest.
+        The lengths only add up to the size: full sentences, and one with the rest.
         """
         ids_N, labels_N, position_N = torch.zeros(3, size.tokens, dtype=torch.long, device=device)
         starts = torch.zeros(size.sentences + 1, dtype=torch.int32, device=device)
@@ -105,13 +108,9 @@ class Places(NamedTuple):
         scale = torch.ones((), device=device)
         return cls(ids_N, labels_N, Packed(lengths, starts, position_N), scale)
 
-    def fill(self, batch: Any, scale: float) -> None:
-        """Copy a batch of this size here; sentences that it has not are empty."""
-        ids_N, labels_N = batch.inputs["input_ids"], batch.inputs["labels"]
-        layout = batch.inputs["layout"]
-        assert isinstance(ids_N, Tensor)
-        assert isinstance(labels_N, Tensor)
-        assert isinstance(layout, Packed)
+    def fill(self, inputs: Inputs, scale: float) -> None:
+        """Copy a batch of this size here; sentences that it does not have are empty."""
+        ids_N, labels_N, layout = _packed(inputs)
         self.ids_N.copy_(ids_N)
         self.labels_N.copy_(labels_N)
         self.layout.position_N.copy_(layout.position_N)
@@ -120,15 +119,25 @@ class Places(NamedTuple):
         self.scale.fill_(scale)
 
 
-class Passes(NamedTuple):
-    """What the two passes leave behind."""
+def _packed(inputs: Inputs) -> tuple[Tensor, Tensor, Packed]:
+    """Ids, labels and layout of a packed batch."""
+    ids_N, labels_N, layout = (inputs[name] for name in ("input_ids", "labels", "layout"))
+    assert isinstance(ids_N, Tensor)
+    assert isinstance(labels_N, Tensor)
+    assert isinstance(layout, Packed)
+    return ids_N, labels_N, layout
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """The result of a forward and backward pass."""
 
     loss: Tensor  # a scalar, not scaled
     gradients: list[Tensor | None]  # of the scaled loss, by parameter
 
 
 class Recording(NamedTuple):
-    """Passes that can be repeated; what they left is overwritten each time."""
+    """A captured forward and backward pass; a replay overwrites the result of the last one."""
 
     replay: Callable[[], None]
     passes: Passes
@@ -138,10 +147,10 @@ Record = Callable[[Callable[[], Passes]], Recording]
 
 
 class Recorder:
-    """Records what is started on a GPU.
+    """Captures CUDA graphs.
 
-    The graphs share their memory, but for what they leave behind: only one runs at a time, and what
-    it leaves has been used before the next one runs.
+    They share one memory pool: only one runs at a time, and its result has been used before the
+    next one runs.
     """
 
     def __init__(self, device: torch.device):
@@ -149,32 +158,32 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, passes: Callable[[], Passes]) -> Recording:
-        """Run the passes aside, so that every library is ready, then record them.
+        """Warm up on a side stream, so that every library is initialised, then capture.
 
-        The random generators stand as before: a run that is resumed, and records elsewhere, draws
-        the same numbers.
+        The random generators end where they began: a resumed run captures at other steps and must
+        draw the same numbers.
         """
         with torch.cuda.device(self.device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside), torch.random.fork_rng([self.device]):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side), torch.random.fork_rng([self.device]):
                 for _ in range(3):
                     passes()
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                left = passes()
-        return Recording(graph.replay, left)
+                result = passes()
+        return Recording(graph.replay, result)
 
 
 class Graphs:
-    """Loss and gradients of packed batches, by a CUDA graph for every size of batch.
+    """Loss and gradients of packed batches, with one CUDA graph per size of batch.
 
     Args:
-        model: in train mode, with fused attention; its parameters stay where they are.
+        model: in train mode, with fused attention; its parameters must not move.
         dtype: of autocast; float32 for none.
-        record: what makes the graphs.
-        most: of them at most. Batches of further sizes are computed without.
+        record: captures a graph.
+        most: number of graphs at most. Batches of further sizes run without one.
     """
 
     def __init__(
@@ -191,38 +200,37 @@ class Graphs:
         self.parameters = list(model.parameters())
         self.recordings: dict[Size, tuple[Places, Recording]] = {}
 
-    def backward(self, batch: Any, scale: float = 1.0) -> Tensor:
-        """The loss of a batch; and to every parameter the gradient of the loss times ``scale``.
+    def backward(self, inputs: Inputs, scale: float = 1.0) -> Tensor:
+        """Compute the loss, and give every parameter the gradient of the loss times ``scale``.
 
         Args:
-            batch: packed, with labels, filled up by ``data.packed(..., filler=...)``.
+            inputs: of the model, for a packed batch with labels, filled up to one of a few sizes.
             scale: against underflow in fp16.
 
         Returns:
-            The loss, a scalar without a history. Like the gradients it is overwritten by the next
+            The loss, a scalar without history. Like the gradients it is overwritten by the next
             call.
         """
-        layout = batch.inputs["layout"]
-        assert isinstance(layout, Packed)
+        ids_N, _, layout = _packed(inputs)
         size = Size.of(layout, self.model.config.max_position_embeddings)
         if size not in self.recordings and len(self.recordings) == self.most:
-            return self._passes(batch.inputs, scale).loss
+            return self._passes(inputs, scale).loss
         if size not in self.recordings:
-            places = Places.of(size, batch.first_W.device)
-            places.fill(batch, scale)
+            places = Places.of(size, ids_N.device)
+            places.fill(inputs, scale)
             recording = self.record(lambda: self._passes(places.inputs, places.scale))
             self.recordings[size] = places, recording
         places, recording = self.recordings[size]
-        places.fill(batch, scale)
+        places.fill(inputs, scale)
         recording.replay()
         for parameter, gradient in zip(self.parameters, recording.passes.gradients):
             parameter.grad = gradient
         return recording.passes.loss
 
-    def _passes(self, inputs: dict[str, Tensor | Packed], scale: Tensor | float) -> Passes:
+    def _passes(self, inputs: Inputs, scale: Tensor | float) -> Passes:
         for parameter in self.parameters:
-            parameter.grad = None  # or else the new one would be added to it
-        # Casts that are kept for a second use would be made once and not at every replay.
+            parameter.grad = None  # otherwise the new gradient would be added to it
+        # Without the cache: a cached cast would be captured once and not follow the weights.
         half = self.dtype != torch.float32
         device = self.parameters[0].device.type
         with torch.autocast(device, self.dtype, enabled=half, cache_enabled=False):

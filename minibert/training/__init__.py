@@ -1,1 +1,1 @@
-"""Fine-tuning: recipe, optimiser, schedule, checkpoints. The loop is train.py."""
+"""Fine-tuning: recipe, corpus, optimiser, checkpoints. The loop is train.py (here: loop.py)."""

@@ -11,19 +11,19 @@ from torch import nn
 
 
 class WeightAverage:
-    """The average of the weights over the steps of training, later steps counting more.
+    """The average of the weights over the steps of training, with more weight on later steps.
 
-    The average of the points on the path is nearer to the minimum than the last of them (Polyak &
-    Juditsky 1992). Here the weights after step t count about in proportion to t^power:
-    polynomial-decay averaging (Shamir & Zhang 2013, section 4), in which no number depends on how
-    long the run is.
+    The average of the points on the path is closer to the minimum than the last one (Polyak &
+    Juditsky 1992). The weights after step t count roughly in proportion to t^power. This is
+    polynomial-decay averaging (Shamir & Zhang 2013, section 4); no parameter of it depends on the
+    length of the run.
 
     Args:
         parameters: what to average.
-        power: 0 is the plain mean; ``inf`` the last weights alone, which takes no memory.
+        power: 0 for the plain mean; ``inf`` for the last weights alone, which takes no memory.
 
     Raises:
-        ValueError: a negative power.
+        ValueError: negative power.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], power: float):
@@ -34,14 +34,14 @@ class WeightAverage:
         self.averages = [weight.clone() for weight in self.weights]
 
     def update(self, step: int) -> None:
-        """Take the weights after a step in; ``step`` counts from 1."""
-        if self.averages:  # on a GPU by one kernel for many of them
+        """Add the current weights; ``step`` counts from 1."""
+        if self.averages:  # foreach: few kernels on a GPU
             share = (self.power + 1) / (self.power + step)
             torch._foreach_lerp_(self.averages, self.weights, share)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the model has the averages for its weights."""
+        """Inside the block the model's weights are the averages."""
         self._swap()
         try:
             yield

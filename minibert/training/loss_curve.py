@@ -1,4 +1,4 @@
-"""A curve of losses, in the terminal and as a PNG."""
+"""The loss curve, in the terminal and as a PNG."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 def text_curve(losses: Sequence[float], width: int = 60, height: int = 8) -> str:
-    """Losses from left to right, each column the mean of its share of them.
+    """Draw losses from left to right; each column is the mean of a stretch of them.
 
-    The axis starts at 0: half the height is half the loss.
+    The axis starts at 0, so half the height is half the loss.
     """
     width = min(width, len(losses))
     edges = [len(losses) * i // width for i in range(width + 1)]
@@ -31,10 +31,10 @@ def text_curve(losses: Sequence[float], width: int = 60, height: int = 8) -> str
 
 
 def write_png(losses: Sequence[float], f1s: Sequence[tuple[int, float]], path: Path) -> None:
-    """Draw loss against step, and where there are any the entity F1s at their steps.
+    """Draw the loss by step, and the entity F1 at the steps in ``f1s`` if there are any.
 
     Raises:
-        ImportError: matplotlib is not installed; it is the extra ``minibert[plot]``.
+        ImportError: matplotlib is not installed; the extra ``minibert[plot]`` brings it.
         MinibertError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,7 +45,7 @@ def write_png(losses: Sequence[float], f1s: Sequence[tuple[int, float]], path: P
     axes = figure.add_subplot(xlabel="step", ylabel="training loss")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss of a step")
-    # The mean of the neighbours on both sides: an average of the past alone would lag behind.
+    # A centred mean: a mean of the past alone would lag.
     reach = max(1, len(losses) // 40)
     near = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
     axes.plot(steps, [sum(n) / len(n) for n in near], color="C0", label="mean around it")

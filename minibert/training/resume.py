@@ -1,58 +1,61 @@
-"""Where a training run stands, on the disk: whole and verified, or not there.
+"""Checkpoints of a training run, complete and verified, and how to resume from one.
 
 A checkpoint is a directory, ``OUTPUT/checkpoints/step-000123``:
 
-    tensors.safetensors  weights, both moments, averaged weights, the generators' states
-    state.json           everything else that a step changes, and what the run was started with
+    tensors.safetensors  weights, both moments, averaged weights, states of the random generators
+    state.json           every other number that a step changes, and what the run was started with
     manifest.json        size and SHA-256 of the other two
 
-It is written under a temporary name, every file and the directory are synced, and the name is
-changed last. Whenever the process is killed, what bears the name of a checkpoint is one.
-The position in the data is the number of the step: the order of the sentences is a pure function
-of seed and epoch (``data.epoch_batches``).
+It is written under a temporary name, synced, and renamed, so a directory with a checkpoint's name
+is always complete, whenever the process is killed. The position in the data is the step's number:
+the order of the sentences is a pure function of seed and epoch (``epoch_batches``).
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
-import signal
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minibert.files import TEMPORARY, MinibertError, sha256_of, sweep, sync
+from minibert.model.heads import BertForTokenClassification
 from minibert.pretrained import weights
 from minibert.processes import Team
-from minibert.training.adamw import AdamW, LossScaler
+from minibert.training.adamw import AdamW
 from minibert.training.averaging import WeightAverage
+from minibert.training.corpus import Part
+from minibert.training.recipe import Recipe
+from minibert.training.schedule import LossScaler
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT = 1
 REQUIRED = {"arguments", "machine", "step", "optimizer_steps", "scaler", "best_f1", "log"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Training:
-    """Everything that a step of training changes, and nothing else.
+    """Everything that a training step changes.
 
     Args:
         model: in float32.
         optimizer: of all its parameters, in their order.
         average: of its weights.
-        scaler: of the loss, where there is one.
+        scaler: of the loss, with fp16.
         step: optimiser steps done.
         best_f1: highest entity F1 on the dev set so far.
-        log: what ``metrics.jsonl`` will hold.
+        log: the entries of ``metrics.jsonl``.
     """
 
-    model: nn.Module
+    model: BertForTokenClassification
     optimizer: AdamW
     average: WeightAverage
     scaler: LossScaler | None
@@ -60,9 +63,15 @@ class Training:
     best_f1: float = -1.0
     log: list[dict] = field(default_factory=list)
 
+    def record(self, epoch: int, loss: float, lr: float) -> None:
+        """Log a step."""
+        finite = loss if math.isfinite(loss) else None  # JSON has no NaN
+        self.log.append({"step": self.step, "epoch": epoch, "loss": finite, "lr": lr})
+
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, not copied: the random generators' are not among them."""
-        names = [name for name, _ in self.model.named_parameters()]
+        """All tensors by name, not copied; without the generators' states."""
+        # In format 1 the head's parameters have no prefix: "weight.classifier.weight".
+        names = [name.removeprefix("head.") for name, _ in self.model.named_parameters()]
         named = {
             "weight": [parameter.detach() for parameter in self.model.parameters()],
             "first": self.optimizer.first,
@@ -84,32 +93,68 @@ class Training:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """Stand where ``tensors`` and ``state`` were taken."""
+        """Restore what ``tensors`` and ``state`` returned."""
         for name, mine in self.tensors().items():
             mine.copy_(tensors[name])
-        self.optimizer.load(self.optimizer.first, self.optimizer.second, state["optimizer_steps"])
+        self.optimizer.steps = state["optimizer_steps"]
         if self.scaler:
             self.scaler.scale, self.scaler.good_steps, self.scaler.skipped = state["scaler"]
         self.step, self.best_f1, self.log = state["step"], state["best_f1"], state["log"]
 
 
-class Checkpoint(NamedTuple):
-    """What a directory held, its hashes compared."""
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The content of a checkpoint directory, verified against its manifest."""
 
     path: Path
     state: dict
     tensors: dict[str, Tensor]
 
 
+def identity(
+    run: Training,
+    recipe: Recipe,
+    options: argparse.Namespace,
+    dtype: str,
+    directory: Path,
+    parts: dict[str, Part],
+) -> dict[str, str]:
+    """What decides a run's result, by name; a run only resumes with the same.
+
+    Args:
+        run, recipe: as chosen.
+        options: seed and graphs of the command line. (For CUDA graphs batches are filled up, which
+            draws other dropout masks.)
+        dtype: of autocast.
+        directory: of the model to train; the content of its files counts, not their names.
+        parts: the sentences by purpose; they count, not the files' names.
+    """
+    values = {name: str(value) for name, value in asdict(recipe).items()} | {
+        "seed": str(options.seed),
+        "dtype": dtype,
+        "attention": run.model.attn_implementation,
+        "AdamW": type(run.optimizer).__name__,
+    }
+    if options.graphs:
+        values["CUDA graphs"] = "on"
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt"):
+        if (directory / name).is_file():
+            values[f"the model's {name}"] = sha256_of(directory / name)
+    for name, part in parts.items():
+        content = json.dumps([(s.words, s.tags) for s in part.sentences])
+        values[f"the {name} data"] = hashlib.sha256(content.encode()).hexdigest()
+    return values
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: the directory they are in.
-        keep: how many of them stay, the last ones.
-        arguments: what decides the run's result, by name; a run is resumed with the same only.
-        team: the processes of the run. With another number of them, of threads, on another device
-            or in another torch a run goes on too, but not to the same bits, and says so.
+        folder: the directory that holds them.
+        keep: how many to keep, the newest ones.
+        arguments: the run's ``identity``.
+        team: the processes of the run. With another number of processes or threads, another device
+            or another torch a run resumes too, equal to rounding only, and says so.
     """
 
     def __init__(self, folder: Path, keep: int, arguments: dict[str, str], team: Team):
@@ -125,7 +170,7 @@ class Checkpoints:
         self.team = team
 
     def last(self) -> str:
-        """For messages: the newest one's name, or that there is none."""
+        """For messages: the newest checkpoint, or "none yet"."""
         found = list_of(self.folder)
         return str(found[-1]) if found else "none yet"
 
@@ -133,15 +178,15 @@ class Checkpoints:
         """Make an empty folder for a new run.
 
         Args:
-            total_steps: of a whole run; the checkpoints of one that got so far are removed.
+            total_steps: of the whole run; checkpoints of a run that got that far are removed.
 
         Raises:
-            MinibertError: an unfinished run is in it; or it cannot be made.
+            MinibertError: the folder holds an unfinished run, or cannot be made.
         """
         found = list_of(self.folder)
         if found and step_of(found[-1]) < total_steps:
             raise MinibertError(
-                f"{found[-1]}: of an unfinished run: go on with --resume, "
+                f"{found[-1]}: belongs to an unfinished run: continue it with --resume, "
                 f"or delete {self.folder} to start over"
             )
         self._prepare(found)
@@ -158,11 +203,11 @@ class Checkpoints:
             raise cannot_write(self.folder, error) from None
 
     def save(self, training: Training) -> None:
-        """Write a checkpoint and remove those that are one too many. All processes call this.
+        """Write a checkpoint and remove the oldest beyond ``keep``. Every process calls this.
 
         Raises:
-            MinibertError: the disk is full, or the folder cannot be written or has vanished. The
-                checkpoints written before are as they were.
+            MinibertError: the disk is full, or the folder is not writable or has vanished. Earlier
+                checkpoints are untouched.
         """
         generators = {
             f"generator.{name}": self.team.gather(x)
@@ -180,12 +225,12 @@ class Checkpoints:
             raise cannot_write(path, error) from None
 
     def resume(self, training: Training) -> str:
-        """Load the newest whole checkpoint, if there is one; says in a line what was done.
+        """Load the newest complete checkpoint, if there is one; returns what happened, for people.
 
-        One that is damaged is set aside under another name.
+        A damaged one is renamed to ``step-NUMBER.damaged``.
 
         Raises:
-            MinibertError: the run was started with other arguments.
+            MinibertError: the run was started with another identity.
         """
         notes = []
         found = None
@@ -194,7 +239,7 @@ class Checkpoints:
                 found = read(path)
                 break
             except MinibertError as error:
-                notes.append(f"{error}: taking the one before, if there is one")
+                notes.append(f"{error}: trying the checkpoint before it")
                 if self.team.is_writer:
                     set_aside(path)
         if found is None:
@@ -204,32 +249,33 @@ class Checkpoints:
         if changes := differences(state["arguments"], self.arguments):
             raise MinibertError(
                 f"{found.path}: cannot be resumed, {'; '.join(changes)}: "
-                "use what the run was started with, or another --output"
+                "repeat the command that started the run, or give another --output"
             )
         training.load(found.tensors, state)
         restore_generators(found.tensors, self.team, int(self.arguments["seed"]) + training.step)
         if changes := differences(state["machine"], self.machine):
-            notes.append(f"{'; '.join(changes)}: the run goes on, but equal to rounding only")
-        self._prepare(list_of(self.folder)[: -self.keep])  # killed before it could remove them
+            notes.append(f"{'; '.join(changes)}: the run continues, equal to rounding only")
+        # A run that was killed may not have removed its old ones.
+        self._prepare(list_of(self.folder)[: -self.keep])
         return "\n".join([*notes, f"resumed from {found.path}"])
 
 
 def list_of(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; not looked into."""
+    """The checkpoints in a folder by their names, oldest first."""
     names = folder.glob("step-*") if folder.is_dir() else ()
     return sorted((p for p in names if re.fullmatch(r"step-\d+", p.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint."""
+    """The step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def write(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
-    """Write a checkpoint whole or not at all; its parent must be there.
+    """Write a checkpoint completely or not at all; its parent must exist.
 
     Raises:
-        MinibertError: the disk is full, or the parent cannot be written or has vanished.
+        MinibertError: the disk is full, or the parent is not writable or has vanished.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -238,18 +284,12 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
         temporary.mkdir()
         weights.write(temporary / TENSORS, on_cpu, {"format": "pt"})
         (temporary / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-        manifest = {
-            name: {
-                "bytes": (temporary / name).stat().st_size,
-                "sha256": sha256_of(temporary / name),
-            }
-            for name in (TENSORS, STATE)
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        manifest = json.dumps(manifest_of(temporary), indent=1)
+        (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
         for name in (TENSORS, STATE, MANIFEST):
             sync(temporary / name)
         sync(temporary)
-        remove(path)  # one that was damaged
+        remove(path)  # a damaged one
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
@@ -257,23 +297,26 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
         raise cannot_write(path, error, sum(x.nbytes for x in on_cpu.values())) from None
 
 
-def described(file: Path) -> dict:
-    """What the manifest says of a file."""
-    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+def manifest_of(path: Path) -> dict[str, dict]:
+    """Size and SHA-256 of a checkpoint's tensors and state, as they are on the disk."""
+    return {
+        name: {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
+        for name in (TENSORS, STATE)
+    }
 
 
 def cannot_write(path: Path, error: OSError, size: int = 0) -> MinibertError:
-    """The error with the path, what to do, and which checkpoint there is to go on from."""
+    """The error with the path, the remedy and the checkpoint from which to resume."""
     found = list_of(path.parent)
-    room = f"free {max(1, size // 10**6)} MB there" if size else "free some space there"
-    since = f"go on with --resume from {found[-1]}" if found else "start again"
+    space = f"free {max(1, size // 10**6)} MB there" if size else "free some space there"
+    then = f"continue with --resume from {found[-1]}" if found else "start again"
     return MinibertError(
-        f"{path}: cannot be written ({error.strerror}): {room} or make it writable, then {since}"
+        f"{path}: cannot be written ({error.strerror}): {space} or make it writable, then {then}"
     )
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; what is half deleted does not bear its name."""
+    """Delete a checkpoint, renaming it first: a half-deleted one has no checkpoint's name."""
     if path.exists():
         doomed = path.with_name(f".{path.name.lstrip('.')}.old{TEMPORARY}")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -282,7 +325,7 @@ def remove(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Give a damaged checkpoint a name that says so."""
+    """Rename a damaged checkpoint."""
     try:
         remove(path.with_suffix(".damaged"))
         os.replace(path, path.with_suffix(".damaged"))
@@ -294,22 +337,19 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        MinibertError: a file is missing, or is not what the manifest says.
+        MinibertError: a file is missing, or differs from the manifest.
     """
     import safetensors.torch
 
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name in (TENSORS, STATE):
-            size = (path / name).stat().st_size
-            if manifest[name]["bytes"] != size or manifest[name]["sha256"] != sha256_of(
-                path / name
-            ):
+        for name, found in manifest_of(path).items():
+            if manifest[name] != found:
                 raise MinibertError(f"{path / name}: damaged (not the bytes that were written)")
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(path / TENSORS)
         if state["format"] != FORMAT:
-            raise MinibertError(f"{path}: of format {state['format']}, this is {FORMAT}")
+            raise MinibertError(f"{path}: has format {state['format']}, expected {FORMAT}")
         if missing := REQUIRED - state.keys():
             raise MinibertError(f"{path / STATE}: lacks {', '.join(sorted(missing))}")
     except OSError as error:
@@ -320,10 +360,10 @@ def read(path: Path) -> Checkpoint:
 
 
 def differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What is not the same, in words."""
+    """What differs, in words; a hash only by name."""
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     return [
-        f"{name} is another"
+        f"{name} differs"
         if re.fullmatch("[0-9a-f]{64}", now.get(name, ""))
         else f"{name} was {then.get(name, 'not given')} and is {now.get(name, 'not given')}"
         for name in changed
@@ -331,7 +371,7 @@ def differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """torch's generators that training draws from, as uint8."""
+    """The states of the torch generators that training draws from, as uint8."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -339,36 +379,12 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_generators(tensors: dict[str, Tensor], team: Team, seed: int) -> None:
-    """Put the generators where this process's were; ``seed`` is for one that was not there."""
+    """Restore this process's generators; a process that did not exist takes ``seed``."""
     states = tensors["generator.cpu"]
     if team.rank >= len(states):
-        seed_apart(team, seed)
+        team.seed(seed)
         return
-    # clone: torch reads the memory from its beginning, wherever the row begins.
+    # clone: torch reads from the start of the storage, wherever the row begins.
     torch.set_rng_state(states[team.rank].clone())
     if "generator.cuda" in tensors and team.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["generator.cuda"][team.rank].clone(), team.device)
-
-
-def seed_apart(team: Team, seed: int) -> None:
-    """Other dropout masks in every process; the first goes on as it would alone."""
-    if not team.is_writer:
-        torch.manual_seed(((seed << 20) + team.rank) % 2**63)
-
-
-class Stop:
-    """Notes SIGINT and SIGTERM from now on, so that the loop can end after a whole step.
-
-    Alone, a second Ctrl-C ends the process at once; torchrun itself sends each signal twice.
-    """
-
-    def __init__(self, team: Team):
-        self.signal = 0  # the one that came
-        self.team = team
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT and self.team.size == 1:
-            raise KeyboardInterrupt
-        self.signal = number

@@ -1,4 +1,4 @@
-"""A file tagged as a stream: in order, in constant memory, by any number of processes."""
+"""Lines tagged in order, in constant memory, in any number of processes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,139 @@
+"""The command line of train.py and ``minibert train``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_type_hints
+
+from minibert.machine import DTYPES
+from minibert.training.recipe import RECIPES, Recipe
+
+
+def parse(
+    argv: Sequence[str] | None = None, program: str = "train.py"
+) -> tuple[argparse.Namespace, Recipe]:
+    """The options, and the recipe with the changes that the command line makes to it.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+        program: its name in usage and errors.
+
+    A command line that is wrong ends the process with status 2.
+    """
+    parser = argparse.ArgumentParser(program, description="Fine-tune BERT for named entities.")
+    add = parser.add_argument
+    add(
+        "--model",
+        default="bert-base-cased",
+        metavar="NAME|DIR",
+        help="the checkpoint to start from: a name that `minibert download` knows, or a directory "
+        "with config.json, model.safetensors and tokenizer files (default: bert-base-cased)",
+    )
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where models, scores and checkpoints are written (required)",
+    )
+    add(
+        "--corpus",
+        choices=("mit_movie", "demo"),
+        default="mit_movie",
+        help="train and test on MIT Movie, or on a small generated corpus (default: mit_movie)",
+    )
+    add("--train", type=Path, metavar="FILE", help="train on this BIO file instead of --corpus")
+    add(
+        "--test",
+        type=Path,
+        metavar="FILE",
+        help="with --train: evaluate on this BIO file after every epoch; nothing is chosen by it",
+    )
+    add(
+        "--dev",
+        metavar="FILE|SHARE",
+        help="save the epoch with the highest entity F1 on this BIO file, or on this share (such "
+        "as 0.1) of the training sentences, which are then held out (default: save only the last)",
+    )
+    add(
+        "--orphans",
+        choices=("refuse", "repair"),
+        default="refuse",
+        help="what to do with an I- tag that continues no entity in your files: stop, or read it "
+        "as B- (default: refuse)",
+    )
+    add(
+        "--attn",
+        choices=("auto", "eager", "sdpa", "fused"),
+        default="auto",
+        help="attention implementation; auto takes the fastest that runs here (default: auto)",
+    )
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="dtype of autocast, weights stay fp32; auto takes what the hardware multiplies "
+        "natively (default: auto)",
+    )
+    add(
+        "--plain-adamw",
+        action="store_true",
+        help="run AdamW one torch operation at a time, for the bits of torch.optim.AdamW",
+    )
+    add(
+        "--graphs",
+        action="store_true",
+        help="replay forward and backward pass as CUDA graphs, which saves launch time with small "
+        "batches; needs --attn fused, --layout packed, --accumulate 1 and one process",
+    )
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the new classifier, the order of the sentences and dropout (default: 0)",
+    )
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    add(
+        "--checkpoint-every",
+        type=int,
+        default=500,
+        metavar="STEPS",
+        help="optimiser steps between checkpoints; every epoch also ends with one (default: 500)",
+    )
+    add(
+        "--keep",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how many checkpoints to keep, the newest ones (default: 2)",
+    )
+    add(
+        "--recipe",
+        choices=RECIPES,
+        default="default",
+        help="where the values below come from: ours, or those of the MIT Movie paper "
+        "(default: default)",
+    )
+    changes = parser.add_argument_group("changes to the recipe")
+    fields = get_type_hints(Recipe, include_extras=True)
+    for name, field in fields.items():
+        values = ", ".join(f"{recipe}: {vars(RECIPES[recipe])[name]}" for recipe in RECIPES)
+        changes.add_argument(
+            "--" + name.replace("_", "-"),
+            type=field.__origin__,
+            metavar={int: "N", float: "X", str: "NAME"}[field.__origin__],
+            help=f"{field.__metadata__[0]} ({values})",
+        )
+    options = parser.parse_args(argv)
+    if options.checkpoint_every < 1 or options.keep < 1:
+        parser.error("--checkpoint-every and --keep must be above 0")
+    given = {name: vars(options)[name] for name in fields if vars(options)[name] is not None}
+    try:
+        return options, replace(RECIPES[options.recipe], **given)
+    except ValueError as error:
+        parser.error(str(error))

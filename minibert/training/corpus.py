@@ -1,0 +1,85 @@
+"""The sentences that a run trains and evaluates on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minibert.files import MinibertError
+from minibert.pretrained import hub
+from minibert.pretrained.tokenizer import Tokenizer
+from minibert.text import demo
+from minibert.text.bio import Example, Sentence, examples_of, label_ids, read_bio
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sentences and the file they come from."""
+
+    sentences: list[Sentence]
+    source: str
+
+    def examples(
+        self, tokenizer: Tokenizer, labels: Sequence[str], max_length: int
+    ) -> list[Example]:
+        """Word-pieces and label ids, with sentences of over ``max_length`` pieces windowed."""
+        ids = label_ids(self.sentences, labels, self.source)
+        words = [sentence.words for sentence in self.sentences]
+        return examples_of(words, tokenizer, max_length, ids)
+
+    def lines_of(self, examples: Iterable[Example]) -> str:
+        """For messages: the lines of the file on which the sentences of these examples begin."""
+        lines = sorted({self.sentences[example.sentence].line for example in examples})
+        return f"{self.source}, sentences at lines {', '.join(map(str, lines))}"
+
+
+def corpus(options: argparse.Namespace) -> tuple[Part, dict[str, Part]]:
+    """The training sentences, and the sets to evaluate on: "dev" and "test", in this order.
+
+    Args:
+        options: train, test, dev, corpus, orphans and seed of the command line.
+
+    Raises:
+        MinibertError: a file is missing or wrong, or ``--dev`` is neither a file nor a share.
+    """
+    if options.train is not None:
+        training = _read(options.train, options.orphans)
+        parts = {"test": _read(options.test, options.orphans)} if options.test is not None else {}
+    elif options.corpus == "demo":
+        training, test = (Part(sentences, "demo corpus") for sentences in demo.generate())
+        parts = {"test": test}
+    else:
+        folder = hub.locate_corpus(options.corpus)
+        training, parts = _read(folder / "engtrain.bio"), {"test": _read(folder / "engtest.bio")}
+    if options.dev is None:
+        return training, parts
+    if Path(options.dev).is_file():
+        return training, {"dev": _read(Path(options.dev), options.orphans)} | parts
+    training, held_out = _held_out(training, options.dev, options.seed)
+    return training, {"dev": held_out} | parts
+
+
+def _read(path: Path, orphans: str = "refuse") -> Part:
+    return Part(read_bio(path, orphans), str(path))
+
+
+def _held_out(part: Part, dev: str, seed: int) -> tuple[Part, Part]:
+    """Split off the share ``dev`` of the sentences, drawn at random."""
+    try:
+        share = float(dev)
+    except ValueError:
+        share = 0.0
+    count = round(share * len(part.sentences))
+    if not 0 < count < len(part.sentences):
+        raise MinibertError(
+            f"--dev {dev}: neither a file nor a share of the training sentences: "
+            "give a BIO file or a number such as 0.1"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(part.sentences), generator=generator).tolist()
+    chosen = [[part.sentences[i] for i in ids] for ids in (order[count:], order[:count])]
+    return Part(chosen[0], part.source), Part(chosen[1], part.source)

@@ -1,0 +1,133 @@
+"""Small models, saved checkpoints, transformers' twin of a model, and BIO files, for all tests."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer
+from minibert.files import write_text
+from minibert.pretrained.weights import names_of
+from minibert.text.bio import Sentence
+
+LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Any lowercase word of ASCII letters has pieces in this vocabulary.
+PIECES = (*SPECIAL, *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase))
+
+
+def small_config(**changes) -> BertConfig:
+    """Two layers of 36 hidden units and 3 heads.
+
+    The head size of 12 has no exact square root, so that a test sees in which order the scores are
+    scaled and rounded.
+    """
+    sizes = {
+        "vocab_size": len(PIECES),
+        "hidden_size": 36,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 50,
+        "max_position_embeddings": 64,
+        "labels": LABELS,
+    }
+    return BertConfig(**sizes | changes)
+
+
+def small_bert(
+    kind: type = BertForTokenClassification,
+    attn: str = "sdpa",
+    *,
+    seed: int = 0,
+    noise: float = 0.2,
+    **changes,
+) -> BertForTokenClassification | BertForMaskedLM:
+    """A random model in eval mode.
+
+    Args:
+        kind: BertForTokenClassification or BertForMaskedLM.
+        attn: attention implementation.
+        seed: of the weights.
+        noise: standard deviation of normal noise added to every parameter. With it no bias is
+            zero, no LayerNorm weight is one and attention is far from uniform. 0 leaves BERT's own
+            initialisation.
+        changes: fields of the config, as for ``small_config``.
+    """
+    torch.manual_seed(seed)
+    model = kind(small_config(**changes), attn).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * noise)
+    return model
+
+
+def save(model: nn.Module, folder: Path, pieces: Sequence[str] = PIECES) -> Path:
+    """Save a model with an uncased tokenizer, as minibert and transformers open them.
+
+    Args:
+        model: any minibert model whose vocab_size is ``len(pieces)``.
+        folder: created if it does not exist.
+        pieces: the vocabulary, in the order of its ids.
+    """
+    model.save_pretrained(folder)
+    write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
+    Tokenizer.from_pretrained(folder).save_pretrained(folder)  # tokenizer.json and its settings
+    return folder
+
+
+def small_checkpoint(
+    folder: Path, kind: type = BertForTokenClassification, *, words: Sequence[str] = (), **changes
+) -> Path:
+    """Save a small model with its tokenizer.
+
+    Args:
+        folder: created if it does not exist.
+        kind: BertForTokenClassification or BertForMaskedLM.
+        words: added to the vocabulary of letters as whole pieces.
+        changes: as for ``small_bert``: seed, noise and fields of the config.
+    """
+    pieces = (*PIECES, *(word for word in dict.fromkeys(words) if word not in PIECES))
+    return save(small_bert(kind, vocab_size=len(pieces), **changes), folder, pieces)
+
+
+def minilm_checkpoint(
+    minilm: Path, folder: Path, labels: Sequence[str], *, seed: int = 0, sharpness: float = 1.0
+) -> Path:
+    """Save MiniLM's real weights and tokenizer with an untrained classifier.
+
+    Its labels mean nothing. ``sharpness`` multiplies the classifier's weights: 20 makes labels vary
+    from word to word, with high probabilities.
+    """
+    model = BertForTokenClassification.from_pretrained(minilm, labels=labels, seed=seed)
+    with torch.no_grad():
+        model.classifier.weight.mul_(sharpness)
+    model.save_pretrained(folder)
+    Tokenizer.from_pretrained(minilm).save_pretrained(folder)
+    return folder
+
+
+def twin(model: BertForTokenClassification | BertForMaskedLM, attn: str = "sdpa") -> nn.Module:
+    """transformers' model with the config, weights, dtype, device and mode of ``model``."""
+    import transformers
+
+    name = type(model).__name__
+    config = transformers.BertConfig(**model.config.to_dict(name), attn_implementation=attn)
+    one = next(model.parameters())
+    theirs = getattr(transformers, name)(config).to(one.device, one.dtype).train(model.training)
+    parameters, names = dict(theirs.named_parameters()), names_of(model)
+    assert parameters.keys() == set(names.values())
+    with torch.no_grad():
+        for own, their in names.items():
+            parameters[their].copy_(model.get_parameter(own))
+    return theirs
+
+
+def write_bio(path: Path, sentences: Sequence[Sentence]) -> Path:
+    """Write sentences in MIT Movie's form: tag, tab, word, and a blank line between sentences."""
+    blocks = ("".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences)
+    write_text(path, "\n".join(blocks))
+    return path
