@@ -21,8 +21,11 @@ from typing import NamedTuple
 from minibert.speed.cuda import build
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
-VARIANTS = tuple((head_size, dropout) for head_size in (64, 32) for dropout in (0, 1))
-NORM_VARIANTS = tuple((hidden_size, wide) for hidden_size in (768, 384) for wide in (1, 0))
+ATTENTION = tuple(
+    {"HEAD_SIZE": size, "DROPOUT": dropout} for size in (64, 32) for dropout in (0, 1)
+)
+NORM = tuple({"HIDDEN": D, "DROPOUT": 1, "WIDE": wide} for D in (768, 384) for wide in (1, 0))
+ADAMW = tuple({"SEMANTICS": semantics} for semantics in range(3))
 DOCUMENT = Path(__file__).parents[1] / "docs" / "fused-attention.md"
 BEGIN, END = "<!-- kernel_resources.py -->", "<!-- end -->"
 
@@ -33,33 +36,27 @@ OPCODES = {"HMMA": 0x23C, "LDSM": 0x83B}  # tensor-core product, ldmatrix
 class Resources(NamedTuple):
     """One kernel in one binary."""
 
-    registers: int  # a thread
-    spilled: int  # bytes stored to and loaded from local memory, a thread
-    shared: int  # bytes a block
+    registers: int  # per thread
+    spilled: int  # bytes stored to and loaded from local memory, per thread
+    shared: int  # bytes per block
     hmma: int  # tensor-core instructions in the code
     ldmatrix: int
 
 
-def measure(arch: str, head_size: int, dropout: int) -> dict[str, Resources]:
-    """The kernels of attention.cu."""
-    return compiled("attention.cu", arch, (("HEAD_SIZE", head_size), ("DROPOUT", dropout)))
-
-
-def measure_norm(arch: str, hidden_size: int, wide: int) -> dict[str, Resources]:
-    """Those of norm.cu, with dropout."""
-    return compiled("norm.cu", arch, (("HIDDEN", hidden_size), ("DROPOUT", 1), ("WIDE", wide)))
+def measure(file: str, arch: str, defines: dict[str, int]) -> dict[str, Resources]:
+    """Compile a source; what the assembler and the binary say of its kernels, by name."""
+    return _measure(file, arch, tuple(defines.items()))
 
 
 @cache
-def compiled(file: str, arch: str, defines: tuple[tuple[str, int], ...]) -> dict[str, Resources]:
-    """Compile a source and read what the assembler and the binary say, by kernel."""
+def _measure(file: str, arch: str, defines: tuple[tuple[str, int], ...]) -> dict[str, Resources]:
     code, log = build.compile_source(build.source(file), arch, dict(defines))
     resources = {}
     for entry in log.split("Compiling entry function '")[1:]:
         kernel = entry.split("'")[0]
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", entry))
         found = re.search(r"Used (\d+) registers", entry)
-        shared = re.search(r"(\d+) bytes smem", entry)  # not said where there is none
+        shared = re.search(r"(\d+) bytes smem", entry)  # absent for none
         if not found:
             raise RuntimeError(f"{kernel}: the assembler's log has another form: {entry!r}")
         counts = Counter(_opcodes(code, f".text.{kernel}"))
@@ -87,15 +84,14 @@ def _opcodes(elf: bytes, section: str) -> Iterator[int]:
                 yield struct.unpack_from("<Q", elf, at)[0] & 0xFFF
 
 
-def blocks_on_t4(kernel: str, used: Resources) -> int:
+def blocks_on_t4(warps: int, used: Resources) -> int:
     """How many blocks a multiprocessor of the T4 holds at once.
 
-    64 K registers, handed out by the warp in units of 256; 64 KB shared memory; 32 warps; 16 blocks
+    64 K registers, allocated per warp in units of 256; 64 KB shared memory; 32 warps; 16 blocks
     (CUDA C++ Programming Guide, technical specifications for compute capability 7.5).
     """
-    warps = 4 if kernel.endswith("_long") else 1
     registers_a_warp = -(-used.registers * 32 // 256) * 256
-    # A warp stays on one of the four schedulers, which has a quarter of the registers.
+    # A warp stays on one of four schedulers, each with a quarter of the registers.
     warps_at_once = 4 * (65536 // 4 // registers_a_warp)
     return min(warps_at_once // warps, 65536 // used.shared, 32 // warps, 16)
 
@@ -105,41 +101,40 @@ def tables() -> str:
     lines = [f"Compiled by NVRTC {version('nvidia-cuda-nvrtc')}; no kernel spills a register.", ""]
     lines += [
         "| head size | dropout | kernel | registers, sm_75 / 80 / 90 | shared memory | "
-        "HMMA | ldmatrix | blocks (warps) a T4 multiprocessor |",
+        "HMMA | ldmatrix | blocks (warps) per T4 multiprocessor |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for head_size, dropout in VARIANTS:
-        measured = [measure(arch, head_size, dropout) for arch in ARCHITECTURES]
-        for kernel, on_t4 in reversed(measured[0].items()):
-            spilled = [found[kernel].spilled for found in measured]
-            if any(spilled):
-                raise RuntimeError(
-                    f"{kernel}, head size {head_size}, spills {spilled} bytes on {ARCHITECTURES}"
-                )
-            registers = " / ".join(str(found[kernel].registers) for found in measured)
-            blocks = blocks_on_t4(kernel, on_t4)
+    for defines in ATTENTION:
+        for kernel, registers, used in _rows("attention.cu", defines):
+            warps = 4 if kernel.endswith("_long") else 1
+            blocks = blocks_on_t4(warps, used)
             lines.append(
-                f"| {head_size} | {'yes' if dropout else 'no'} | `{kernel}` "
-                f"| {registers} | {on_t4.shared} | {on_t4.hmma} | {on_t4.ldmatrix} "
-                f"| {blocks} ({blocks * (4 if kernel.endswith('_long') else 1)}) |"
+                f"| {defines['HEAD_SIZE']} | {'yes' if defines['DROPOUT'] else 'no'} | `{kernel}` "
+                f"| {registers} | {used.shared} | {used.hmma} | {used.ldmatrix} "
+                f"| {blocks} ({blocks * warps}) |"
             )
     lines += ["", "| width | residual | kernel | registers, sm_75 / 80 / 90 | shared memory |"]
     lines += ["|---|---|---|---|---|"]
-    for hidden_size, wide in NORM_VARIANTS:
-        measured = [measure_norm(arch, hidden_size, wide) for arch in ARCHITECTURES]
-        for kernel, first in reversed(measured[0].items()):
-            if any(found[kernel].spilled for found in measured):
-                raise RuntimeError(f"{kernel}, width {hidden_size}, spills")
-            registers = " / ".join(str(found[kernel].registers) for found in measured)
+    for defines in NORM:
+        for kernel, registers, used in _rows("norm.cu", defines):
             lines.append(
-                f"| {hidden_size} | {'float32' if wide else 'float16'} | `{kernel}` "
-                f"| {registers} | {first.shared} |"
+                f"| {defines['HIDDEN']} | {'float32' if defines['WIDE'] else 'float16'} "
+                f"| `{kernel}` | {registers} | {used.shared} |"
             )
     return "\n".join(lines)
 
 
+def _rows(file: str, defines: dict[str, int]) -> Iterator[tuple[str, str, Resources]]:
+    """Each kernel's name, its registers on all architectures, its resources on the first."""
+    measured = [measure(file, arch, defines) for arch in ARCHITECTURES]
+    for kernel, used in reversed(measured[0].items()):
+        if any(found[kernel].spilled for found in measured):
+            raise RuntimeError(f"{kernel} spills registers with {defines}")
+        yield kernel, " / ".join(str(found[kernel].registers) for found in measured), used
+
+
 def documented() -> str:
-    """The tables as they stand in the document."""
+    """The tables in the document."""
     return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 

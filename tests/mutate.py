@@ -1,6 +1,6 @@
-"""How good input is turned into bad: bytes, JSON, safetensors files, BIO files and text.
+"""Mutations of valid input: bytes, JSON, safetensors files, BIO files and text.
 
-Every function takes a ``random.Random``, so that the same seed gives the same input again.
+Every function takes a ``random.Random``: the same seed gives the same mutation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Raw(str):
-    """JSON text that no Python value makes: NaN, a number of 400 digits, a key that comes twice."""
+    """JSON text that no Python value produces: NaN, a number of 400 digits, a duplicate key."""
 
 
 NUMBERS = (0, 1, -1, 2, 3, 255, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64, 10**9, 10**12)
@@ -29,7 +29,7 @@ VALUES: tuple[Any, ...] = (
     list(range(2000)),
 )
 BYTES = b'\x00\xff\x80\n\r\t"{}[]:,\\ 09-\xed\xa0\xf4\xc3'
-# Letters, marks, joiners, directions, separators, private and unassigned ones: what a string holds.
+# Letters, marks, joiners, directions, separators, private and unassigned characters.
 ALPHABETS = (
     "abc XYZ,.?!-'\"",
     " \t\x0b\x0c\x1c\x1d\x1e\x1f\x85\u00a0\u1680\u2000\u2028\u2029\u202f\u3000",
@@ -45,7 +45,7 @@ ALPHABETS = (
 
 
 def bytes_(draw: Random, data: bytes) -> bytes:
-    """One to four small damages: bits, bytes and stretches changed, lost, doubled, moved."""
+    """One to four changes: bits, bytes and ranges altered, deleted, repeated, inserted."""
     damaged = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         size = len(damaged)
@@ -72,7 +72,7 @@ def bytes_(draw: Random, data: bytes) -> bytes:
 
 
 def dumps(value: Any) -> str:
-    """JSON, with ``Raw`` as it stands."""
+    """JSON, with ``Raw`` inserted unchanged."""
     if isinstance(value, Raw):
         return str(value)
     if isinstance(value, dict):
@@ -83,11 +83,11 @@ def dumps(value: Any) -> str:
 
 
 def json_(draw: Random, value: Any) -> str:
-    """The JSON of a value in which one to three places were changed, lost, doubled or renamed."""
+    """The JSON of a value with one to three entries changed, deleted, duplicated or renamed."""
     root = {"": json.loads(json.dumps(value))}
     for _ in range(draw.randint(1, 3)):
         places = list(_places(root))
-        # Each depth as often as any other: most places of a vocabulary lie in the vocabulary.
+        # Every depth with the same probability: most entries of a tokenizer are its vocabulary.
         depth = draw.choice(sorted({depth for depth, _, _ in places}))
         _, holder, key = draw.choice([place for place in places if place[0] == depth])
         match draw.randrange(7):
@@ -103,7 +103,7 @@ def json_(draw: Random, value: Any) -> str:
                 twice = f"{dumps(holder[key])},{dumps(key)}:{dumps(draw.choice(VALUES))}"
                 holder[key] = Raw(twice)
             case _:
-                # A copy: the next change may be made inside it, and VALUES must stay as they are.
+                # A copy: the next change may be inside it, and VALUES must not change.
                 holder[key] = copy.deepcopy(draw.choice(VALUES))
     return dumps(root[""])
 
@@ -117,7 +117,7 @@ def _places(holder: dict | list, depth: int = 0):
 
 
 def _plain(value: Any) -> Any:
-    """A value without ``Raw`` in it, to be put elsewhere."""
+    """A value with every ``Raw`` as a plain string."""
     if isinstance(value, Raw):
         return str(value)
     if isinstance(value, dict):
@@ -126,13 +126,13 @@ def _plain(value: Any) -> Any:
 
 
 def safetensors_(draw: Random, data: bytes) -> bytes:
-    """A safetensors file whose header lies: sizes, offsets, names, counts, its own length."""
+    """A safetensors file with a wrong header: sizes, offsets, names, counts, its own length."""
     if draw.random() < 0.4:
         return bytes_(draw, data)
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     if draw.random() < 0.7:
-        header.pop("__metadata__", None)  # and with it the hash that would tell
+        header.pop("__metadata__", None)  # with the hash that would reveal the change
     names = [name for name in header if name != "__metadata__"]
     name = draw.choice(names)
     entry = header[name]
@@ -144,7 +144,7 @@ def safetensors_(draw: Random, data: bytes) -> bytes:
         case 2:
             entry["shape"] = [draw.choice(NUMBERS) for _ in range(draw.randint(0, 6))]
         case 3:
-            # Shape and offsets that agree with each other: as many bytes as anyone may claim.
+            # Shape and offsets that agree with each other, and claim any number of bytes.
             start, count = len(body), draw.choice((10**6, 10**9, 10**12, 2**60))
             header[name] = {"dtype": "U8", "shape": [count], "data_offsets": [start, start + count]}
         case 4:
@@ -170,7 +170,7 @@ def safetensors_(draw: Random, data: bytes) -> bytes:
 
 
 def text_(draw: Random, lines: int) -> str:
-    """Lines out of one alphabet or several; a line may be a thousand characters, or none."""
+    """Lines from one to three alphabets, of 0 to 1000 characters."""
     made = []
     for _ in range(lines):
         letters = "".join(draw.sample(ALPHABETS, draw.randint(1, 3))) + " "
@@ -179,7 +179,7 @@ def text_(draw: Random, lines: int) -> str:
 
 
 def lines_(draw: Random, data: bytes) -> bytes:
-    """A file of lines with some lost, doubled, moved, joined, or damaged in their bytes."""
+    """A file with lines deleted, repeated, swapped, joined, or with changed bytes."""
     if draw.random() < 0.4:
         return bytes_(draw, data)
     lines = data.split(b"\n")

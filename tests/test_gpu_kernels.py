@@ -1,6 +1,6 @@
-"""What only a GPU can show of the kernels. Skipped, and said so, where there is none.
+"""The kernels on a GPU; skipped without one.
 
-The numbers are held to the same bounds as in the emulator. Under NVIDIA's checker:
+Results must keep the same bounds as in the emulator. To run under NVIDIA's checker:
 
     compute-sanitizer --tool memcheck python -m pytest tests/test_gpu_kernels.py -m gpu -k bounds
     compute-sanitizer --tool racecheck python -m pytest tests/test_gpu_kernels.py -m gpu -k bounds
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_kernels import EDGES, check, run
+from test_kernels_attention import EDGES, check, run
 from test_kernels_norm import check as check_norm
 from torch import Tensor
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def on_gpu(lengths: list[int], **options) -> None:
-    check(run(lengths, launch=launch.launch, device="cuda", **options))
+    check(run(lengths, device="cuda", **options))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -44,12 +44,12 @@ def test_bounds_hold(
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize(("rows", "width"), [(33, 768), (700, 384)])
 def test_norm_bounds_hold(rows: int, width: int, wide: bool, dropout_p: float) -> None:
-    check_norm(rows, width, dropout_p, wide, launch.launch_norm, "cuda")
+    check_norm(rows, width, dropout_p, wide, "cuda")
 
 
 @pytest.fixture
 def turing_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Load PTX for compute_75, which the driver translates for the GPU at hand."""
+    """Load PTX for compute_75, which the driver translates for the present GPU."""
     from cuda.core import ObjectCode
 
     loaded = []
@@ -75,15 +75,13 @@ def test_turing_code_on_a_newer_gpu(head_size: int, turing_code: list[str]) -> N
 def test_the_gpu_computes_what_the_emulator_computes() -> None:
     """The same masks, and numbers that differ only as the order of addition allows."""
     here = run([70, 12], dropout_p=0.1)
-    there = run([70, 12], dropout_p=0.1, launch=launch.launch, device="cuda")
+    there = run([70, 12], dropout_p=0.1, device="cuda")
     difference = (here.context_NHK - there.context_NHK.cpu()).abs()
     assert (difference <= 2**-9 * here.context_NHK.abs() + 2**-12).all()
 
 
 def test_gradients_are_the_same_in_every_run() -> None:
-    first, *others = (
-        run([130, 512, 7], dropout_p=0.1, launch=launch.launch, device="cuda") for _ in range(5)
-    )
+    first, *others = (run([130, 512, 7], dropout_p=0.1, device="cuda") for _ in range(5))
     for other in others:
         assert torch.equal(first.context_NHK, other.context_NHK)
         assert torch.equal(first.grad_N3HK, other.grad_N3HK)

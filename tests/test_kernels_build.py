@@ -1,44 +1,74 @@
-"""Compiling without a GPU: what NVRTC makes of the kernels, and the cache."""
+"""Compiling and launching without a GPU: NVRTC's code, the cache, and what the driver is given."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import cuda.core
+import emulator
 import pytest
+import torch
+from test_kernels_adamw import draw, new_sweep
+from test_kernels_attention import KINDS, check, run
+from test_kernels_norm import check as check_norm
 
 from benchmarks import kernel_resources
-from minibert.speed.cuda import build
+from minibert.speed.cuda import build, launch
+from minibert.speed.cuda.launch import Launch
 
 UNIT = ("attention.cu", "sm_75", {"HEAD_SIZE": 32, "DROPOUT": 0})
-KERNELS = {
-    kind + size for kind in ("forward", "backward_q", "backward_kv") for size in ("_long", "_short")
-}
-MOST_SHARED = 48 * 1024  # what a block may declare statically on every GPU
+ATTENTION = {f"{kind}_{size}" for kind in KINDS for size in ("long", "short")}
+MOST_SHARED = 48 * 1024  # bytes a block may declare statically on every GPU
+ARCHITECTURES = [
+    pytest.param(arch, marks=[] if arch == "sm_75" else pytest.mark.slow)
+    for arch in kernel_resources.ARCHITECTURES
+]
 
 
-@pytest.mark.parametrize("arch", kernel_resources.ARCHITECTURES)
-@pytest.mark.parametrize("dropout", [0, 1])
-@pytest.mark.parametrize("head_size", [64, 32])
-def test_compiles_to_tensor_core_code_without_spills(
-    arch: str, head_size: int, dropout: int
-) -> None:
-    measured = kernel_resources.measure(arch, head_size, dropout)
-    assert set(measured) == KERNELS
+# ---- the compiled code -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("defines", kernel_resources.ATTENTION, ids=str)
+def test_attention_is_tensor_core_code_without_spills(arch: str, defines: dict[str, int]) -> None:
+    measured = kernel_resources.measure("attention.cu", arch, defines)
+    assert set(measured) == ATTENTION
     for kernel, used in measured.items():
         assert used.spilled == 0, kernel
         assert used.shared <= MOST_SHARED, kernel
-        # A 16 x 16 patch takes K / 8 * 2 instructions a product: two products forward, three for
-        # dq, four for dk and dv. `forward_long` has two patches in a row, the others a loop.
+        # A 16 x 16 patch takes K / 8 * 2 instructions per product: two products forward, three for
+        # dq, four for dk and dv. `forward_long` unrolls two patches, the others are loops.
         products = {"forward": 2, "backward_q": 3, "backward_kv": 4}[kernel.rsplit("_", 1)[0]]
         patches = 2 if kernel == "forward_long" else 1
-        assert used.hmma == patches * products * head_size // 8 * 2, kernel
+        assert used.hmma == patches * products * defines["HEAD_SIZE"] // 8 * 2, kernel
         assert used.ldmatrix > 0, kernel
 
 
-def test_the_documented_table_is_what_the_compiler_says() -> None:
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("defines", kernel_resources.NORM, ids=str)
+def test_add_norm_compiles_without_spills(arch: str, defines: dict[str, int]) -> None:
+    measured = kernel_resources.measure("norm.cu", arch, defines)
+    assert set(measured) == {"add_norm", "add_norm_backward", "add_norm_sums"}
+    assert not any(used.spilled for used in measured.values())
+    assert measured["add_norm_backward"].shared == 4 * 2 * defines["HIDDEN"] * 4 <= MOST_SHARED
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("defines", kernel_resources.ADAMW, ids=str)
+def test_adamw_compiles_without_spills(arch: str, defines: dict[str, int]) -> None:
+    measured = kernel_resources.measure("adamw.cu", arch, defines)
+    assert measured["adamw"].spilled == 0
+
+
+@pytest.mark.slow
+def test_the_documented_tables_are_what_the_compiler_says() -> None:
     """A change that costs registers or shared memory has to show in the document."""
     documented = kernel_resources.documented()
     if f"NVRTC {version('nvidia-cuda-nvrtc')};" not in documented:
@@ -46,19 +76,37 @@ def test_the_documented_table_is_what_the_compiler_says() -> None:
     assert kernel_resources.tables() == documented
 
 
-def test_first_use_and_later_ones_are_quick(tmp_path: Path) -> None:
+def test_a_source_that_does_not_compile_shows_the_line() -> None:
+    text = build.source("attention.cu").replace(
+        "block_barrier();  // the tile", "blok();  // the tile"
+    )
+    with pytest.raises(build.BuildError, match=r"attention\.cu\(\d+\).*blok"):
+        build.compile_source(text, *UNIT[1:])
+
+
+def test_the_sources_include_nothing_from_outside() -> None:
+    assert "#include" not in build.source("attention.cu")
+
+
+# ---- the cache ---------------------------------------------------------------------------------
+
+
+def test_first_use_and_later_ones_are_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under 5 s of processor time to compile the largest unit, under 50 ms to find it again."""
+    monkeypatch.setenv("MINIBERT_HOME", str(tmp_path))
     unit = ("attention.cu", "sm_75", {"HEAD_SIZE": 64, "DROPOUT": 1})
     start = time.process_time()
-    first = build.cubin(*unit, directory=tmp_path)
+    first = build.cubin(*unit)
     compiled = time.process_time()
-    again = build.cubin(*unit, directory=tmp_path)
+    again = build.cubin(*unit)
     assert compiled - start < 5
     assert time.process_time() - compiled < 0.05
     assert first == again
 
 
-def test_the_cache_is_used_and_knows_what_it_holds(
+def test_every_part_of_a_binary_is_in_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
@@ -82,23 +130,21 @@ def test_the_cache_is_used_and_knows_what_it_holds(
     assert all(name.startswith("attention-sm_") and name.endswith(".cubin") for name in names)
 
 
-def test_a_directory_that_cannot_be_written_costs_only_time(
+def test_without_a_writable_cache_it_compiles_every_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "compile_source", lambda *_: (b"code", ""))
-    file = tmp_path / "file"
-    file.touch()
-    assert build.cubin(*UNIT, directory=file / "below") == b"code"
-
-
-def test_a_failed_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError
 
     monkeypatch.setattr(build, "compile_source", lambda *_: (b"code", ""))
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("MINIBERT_HOME", str(file))  # no directory can be made in it
+    assert build.cubin(*UNIT) == b"code"
+    monkeypatch.setenv("MINIBERT_HOME", str(tmp_path))
     monkeypatch.setattr("minibert.files.os.replace", refuse)
-    assert build.cubin(*UNIT, directory=tmp_path) == b"code"
-    assert not list(tmp_path.iterdir())
+    assert build.cubin(*UNIT) == b"code"
+    assert not list((tmp_path / "kernels").iterdir())
 
 
 def test_without_cuda_core_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +153,76 @@ def test_without_cuda_core_the_error_says_what_to_install(monkeypatch: pytest.Mo
         build.compile_source("", "sm_75", {})
 
 
-def test_a_source_that_does_not_compile_shows_the_line() -> None:
-    text = build.source("attention.cu").replace(
-        "block_barrier();  // the tile", "blok();  // the tile"
-    )
-    with pytest.raises(build.BuildError, match=r"attention\.cu\(\d+\).*blok"):
-        build.compile_source(text, *UNIT[1:])
+# ---- launches ----------------------------------------------------------------------------------
 
 
-def test_the_sources_include_nothing_from_outside() -> None:
-    assert "#include" not in build.source("attention.cu")
+def test_parameters_are_those_of_the_sources() -> None:
+    """Names, order and C types of every kernel: what is packed is what the kernel reads."""
+    with emulator.recorded() as launches:
+        run([3], heads=1, dropout_p=0.1)
+        run([65], heads=1, dropout_p=0.1)
+        check_norm(2, 64, 0.1, True)
+        new_sweep().step(draw(), 1e-2)
+    seen = {one.kernel for one in launches}
+    assert seen == {*ATTENTION, "add_norm", "add_norm_backward", "add_norm_sums", "adamw"}
+    packed_as = {"int": "c_int", "float": "c_float", "u32": "c_int"}
+    for one in launches:
+        source = build.source(one.file)
+        pattern = rf"KERNEL\({one.kernel}, [^(]*\((.*?)\),\n"
+        if one.file == "attention.cu":
+            pattern = r"#define PROBLEM_PARAMETERS\s*\\\s*\((.*?)\)\n"
+        declared = re.search(pattern, source, re.S)
+        assert declared, one.kernel
+        packed = launch.pack(one.parameters)
+        for text, name, value in zip(
+            declared[1].replace("\\", " ").split(","), one.parameters, packed, strict=True
+        ):
+            words = re.split(r"[\s*]+", text.strip())
+            assert words[-1] == name, one.kernel
+            expected = "int" if "*" in text else packed_as[words[0]]
+            assert type(value).__name__ == expected, (one.kernel, name)
+
+
+def test_problem_takes_its_parameters_in_order() -> None:
+    source = (build.HERE / "problem.cuh").read_text()
+    passed = re.search(r"Problem \{(.*?)\}", source.split("#define PROBLEM ")[1], re.S)
+    with emulator.recorded() as launches:
+        run([3], heads=1)
+    assert passed
+    names = [name.strip() for name in passed[1].replace("\\", " ").split(",")]
+    assert names == list(launches[0].parameters)
+
+
+def test_the_driver_is_given_what_the_emulator_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``launch.enqueue`` with the driver replaced: kernel, grid and bytes of the parameters."""
+    started, current = [], []
+
+    def start(stream: Any, config: Any, kernel: Any, *parameters: Any) -> None:
+        assert stream.__cuda_stream__() == (0, 99)
+        name, arch, machine = kernel
+        assert arch == "sm_75"
+        machine.start(name, config.grid[:2], config.block[0], parameters)
+        started.append(name)
+
+    def load(file: str, arch: str, defines: dict[str, int]) -> Any:
+        machine = emulator.machine(file, defines)
+        return SimpleNamespace(get_kernel=lambda name: (name, arch, machine))
+
+    def enqueue(work: Launch) -> None:
+        emulator.machine(work.file, work.defines).watch(work)
+        emulator.enqueue_on_gpu(work)
+
+    device = SimpleNamespace(set_current=lambda: current.append(True))
+    monkeypatch.setattr(cuda.core, "Device", lambda index: device)
+    monkeypatch.setattr(cuda.core, "launch", start)
+    monkeypatch.setattr(launch, "load", load)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    stream = SimpleNamespace(cuda_stream=99)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(launch, "enqueue", enqueue)
+    launch._kernel.cache_clear()
+    check(run([70, 3], head_size=32, dropout_p=0.1))
+    assert started == ["forward_long", "backward_q_long", "backward_kv_long"]
+    assert len(current) == 3
+    launch._kernel.cache_clear()

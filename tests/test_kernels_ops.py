@@ -1,4 +1,4 @@
-"""The kernels as torch operators, the ladder, and the launch: everything of it a CPU can show.
+"""The kernels as torch operators, and which device gets which kernels.
 
 The operators' CPU side is the emulator, so what runs here is the registration, the arguments and
 the CUDA source that run on a GPU.
@@ -6,36 +6,23 @@ the CUDA source that run on a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
-import attention_reference
-import cuda.core
-import emulator
+import emulator  # noqa: F401 (gives the operators a CPU side)
+import kernel_reference
 import pytest
 import torch
-from cuda.core._kernel_arg_handler import ParamHolder
-from test_kernels import check, run
 from torch import Tensor
 
 from minibert.speed import cuda
-from minibert.speed.cuda import attention, build, ladder, launch, ops
+from minibert.speed.cuda import adamw, build, ladder
+from minibert.training import adamw as optim
 
 LENGTHS = [5, 17, 9]
 STARTS = torch.tensor([0, 5, 22, 31], dtype=torch.int32)
-
-
-@ops.forward.register_kernel("cpu")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return attention.forward(emulator.launch, *arguments)
-
-
-@ops.backward.register_kernel("cpu")
-def _(*arguments: Any) -> Tensor:
-    return attention.backward(emulator.launch, *arguments)
 
 
 @pytest.fixture
@@ -47,6 +34,15 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def product(head_size: int = 32) -> Tensor:
     return torch.randn(31, 3, 2, head_size).half().requires_grad_()
+
+
+def check(
+    context: Tensor, grad: Tensor, qkv: Tensor, d_context: Tensor, lengths: list[int]
+) -> None:
+    want = kernel_reference.attention(qkv.detach(), d_context, lengths)
+    del want["lse"]
+    dq, dk, dv = grad.unbind(1)
+    kernel_reference.check({"context": context, "dq": dq, "dk": dk, "dv": dv}, want)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -67,14 +63,12 @@ def test_gradients_reach_the_packed_product() -> None:
     context = cuda.attend_packed(*qkv.unbind(1), STARTS, 17)
     d_context = torch.randn(31, 2, 32).half()
     context.backward(d_context)
-    expected = attention_reference.attention(qkv.detach(), d_context, LENGTHS)
-    assert ((context - expected.context).abs() <= expected.context_bound).all()
-    assert ((qkv.grad - expected.grad).abs() <= expected.grad_bound).all()
+    check(context, qkv.grad, qkv, d_context, LENGTHS)
 
 
 @pytest.mark.usefixtures("own_kernels")
 def test_a_padded_batch_is_its_sentences_and_zeros() -> None:
-    """Right padding, left padding, a hole, and a row that is all padding; gradients too."""
+    """Right padding, left padding, a hole, and a row of padding alone; gradients too."""
     mask = torch.tensor(
         [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 1, 1, 0], [0] * 5, [1] * 5]
     ).bool()
@@ -85,9 +79,7 @@ def test_a_padded_batch_is_its_sentences_and_zeros() -> None:
     d_context = torch.randn(25, 2, 32).half()
     context.backward(d_context)
     lengths = mask.sum(1).tolist()
-    expected = attention_reference.attention(qkv.detach()[tokens], d_context[tokens], lengths)
-    assert ((context[tokens] - expected.context).abs() <= expected.context_bound).all()
-    assert ((qkv.grad[tokens] - expected.grad).abs() <= expected.grad_bound).all()
+    check(context[tokens], qkv.grad[tokens], qkv[tokens], d_context[tokens], lengths)
     padding = ~mask.flatten()
     assert (context[padding] == 0).all()
     assert (qkv.grad[padding] == 0).all()
@@ -102,25 +94,18 @@ def test_a_batch_of_padding_alone_gives_zeros() -> None:
 
 
 @pytest.mark.usefixtures("own_kernels")
-def test_the_generator_fixes_the_mask() -> None:
-    qkv = product().detach()
-
-    def attend(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return cuda.attend_packed(*qkv.unbind(1), STARTS, 17, 0.5)
-
-    assert torch.equal(attend(1), attend(1))
-    assert not torch.equal(attend(1), attend(2))
-
-
-@pytest.mark.usefixtures("own_kernels")
-def test_without_dropout_no_random_number_is_drawn() -> None:
+def test_the_generator_fixes_the_mask_and_is_used_for_nothing_else() -> None:
     qkv = product().detach().unbind(1)
-    state = torch.get_rng_state()
-    cuda.attend_packed(*qkv, STARTS, 17)
-    assert torch.equal(torch.get_rng_state(), state)
-    cuda.attend_packed(*qkv, STARTS, 17, 0.1)
-    assert not torch.equal(torch.get_rng_state(), state)
+
+    def attend(seed: int, dropout_p: float) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        return cuda.attend_packed(*qkv, STARTS, 17, dropout_p), torch.get_rng_state()
+
+    assert torch.equal(attend(1, 0.5)[0], attend(1, 0.5)[0])
+    assert not torch.equal(attend(1, 0.5)[0], attend(2, 0.5)[0])
+    before = torch.manual_seed(1).get_state()
+    assert torch.equal(attend(1, 0.0)[1], before)
+    assert not torch.equal(attend(1, 0.1)[1], before)
 
 
 @pytest.mark.usefixtures("own_kernels")
@@ -149,102 +134,52 @@ def test_second_derivatives_are_refused() -> None:
         grad.float().sum().backward()
 
 
-def test_parameters_are_those_of_the_source() -> None:
-    """Names, order and C types: ctypes packs what the kernels read."""
-    source = (build.HERE / "problem.cuh").read_text()
-    declared = re.search(r"#define PROBLEM_PARAMETERS\s*\\\s*\((.*?)\)\n", source, re.S)
-    assert declared
-    parameters = declared[1].replace("\\", " ").split(",")
-    names = [re.split(r"[\s*]+", parameter.strip())[-1] for parameter in parameters]
-    assert tuple(names) == attention.Problem._fields
-    passed = re.search(r"Problem \{(.*?)\}", source.split("#define PROBLEM ")[1], re.S)
-    assert passed
-    assert [name.strip() for name in passed[1].replace("\\", " ").split(",")] == names
-
-    example = attention.Problem(*[None] * 12, *[1] * 7, 0.5, 1.0, 3)  # type: ignore[arg-type]
-    c_types = {"int": "c_int", "float": "c_float", "u32": "c_uint"}
-    for parameter, packed in zip(parameters, attention.pack(example._asdict())):
-        kind = parameter.strip().split(" ")[0]
-        expected = "int" if "*" in parameter else c_types[kind]
-        assert type(packed).__name__ == expected, parameter
-
-
-def test_launch_hands_the_driver_what_the_emulator_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launch on a GPU with the driver replaced: same kernel, grid and bytes of parameters."""
-    enqueued = []
-
-    def enqueue(stream: Any, config: Any, kernel: Any, *parameters: Any) -> None:
-        assert stream.__cuda_stream__() == (0, 99)
-        name, arch, defines = kernel
-        assert arch == "sm_75"
-        machine = emulator.emulator(defines["HEAD_SIZE"], defines["DROPOUT"])
-        machine.run_packed(name, config.grid[:2], config.block[0], ParamHolder(parameters), 22)
-        enqueued.append(name)
-
-    def load(file: str, arch: str, defines: dict[str, int]) -> Any:
-        assert file == "attention.cu"
-        return SimpleNamespace(get_kernel=lambda name: (name, arch, defines))
-
-    current = []
-    device = SimpleNamespace(set_current=lambda: current.append(True))
-    monkeypatch.setattr(cuda.core, "Device", lambda index: device)
-    monkeypatch.setattr(cuda.core, "launch", enqueue)
-    monkeypatch.setattr(launch, "load", load)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    stream = SimpleNamespace(cuda_stream=99)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    launch._kernel.cache_clear()
-
-    def watched(step: attention.Launch) -> None:
-        machine = emulator.emulator(step.defines["HEAD_SIZE"], step.defines["DROPOUT"])
-        machine.watch(step)
-        launch.launch(step)
-
-    check(run([70, 3], head_size=32, dropout_p=0.1, launch=watched))
-    assert enqueued == ["forward_long", "backward_q_long", "backward_kv_long"]
-    assert len(current) == 3
-    launch._kernel.cache_clear()
-
-
-# ---- the ladder --------------------------------------------------------------------------------
+# ---- which device gets which kernels -----------------------------------------------------------
 
 T4, A100, V100 = (7, 5), (8, 0), (7, 0)
-LADDER = [
-    (T4, torch.float16, 64, "own kernels", "7.5, float16, head size 64"),
-    (T4, torch.float16, 32, "own kernels", "head size 32"),
-    (T4, torch.float16, 48, "torch efficient", r"head sizes \(32, 64\), not 48"),
-    (T4, torch.float32, 64, "torch efficient", "float16, not float32"),
-    (V100, torch.float16, 64, "torch efficient", "capability 7.5, this is 7.0"),
-    (A100, torch.float16, 64, "torch flash", "8.0 has cp.async"),
-    (A100, torch.bfloat16, 64, "torch flash", "8.0 has cp.async"),
-    (A100, torch.float32, 64, "torch efficient", "float16, not float32"),
-]
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+Gpu = Callable[..., torch.device]
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pretend that a GPU of this capability is there."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """Pretends that there is a GPU of this compute capability."""
 
     def pretend(capability: tuple[int, int], flash: bool = True) -> torch.device:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
         monkeypatch.setattr(build, "cubin", lambda *_: b"")
-        ladder.choose.cache_clear()
+        forget()
         return torch.device("cuda", 0)
 
+    def forget() -> None:
+        cuda.choose.cache_clear()
+        cuda.obstacle_to_norm.cache_clear()
+
     yield pretend
-    ladder.choose.cache_clear()
+    forget()
 
 
-@pytest.mark.parametrize(("capability", "dtype", "head_size", "name", "reason"), LADDER)
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size", "name", "reason"),
+    [
+        (T4, F16, 64, "own kernels", "7.5, float16, head size 64"),
+        (T4, F16, 32, "own kernels", "head size 32"),
+        (T4, F16, 48, "torch efficient", r"head size must be one of \(32, 64\), not 48"),
+        (T4, F32, 64, "torch efficient", "dtype must be float16, not float32"),
+        (V100, F16, 64, "torch efficient", "capability 7.5 is required, this is 7.0"),
+        (A100, F16, 64, "torch flash", "8.0 has cp.async"),
+        (A100, BF16, 64, "torch flash", "8.0 has cp.async"),
+        (A100, F32, 64, "torch efficient", "dtype must be float16, not float32"),
+    ],
+)
 def test_ladder(
     capability: tuple[int, int],
     dtype: torch.dtype,
     head_size: int,
     name: str,
     reason: str,
-    gpu: Any,
+    gpu: Gpu,
 ) -> None:
     rung = cuda.choose(gpu(capability), dtype, head_size)
     assert rung.name == name
@@ -252,42 +187,20 @@ def test_ladder(
     assert rung.name in ladder.RUNGS
 
 
-def test_own_kernels_stand_in_for_a_missing_flash(gpu: Any) -> None:
-    assert cuda.choose(gpu(A100, flash=False), torch.float16, 64).name == "own kernels"
-
-
-def test_a_failed_build_is_said(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = gpu(T4)
-
-    def broken(*_: Any) -> bytes:
-        raise build.BuildError("no NVRTC here")
-
-    monkeypatch.setattr(build, "cubin", broken)
-    rung = cuda.choose(device, torch.float16, 64)
-    assert rung.name == "torch efficient"
-    assert "no NVRTC here" in rung.reason
-
-
-def test_a_binary_that_nothing_can_launch_is_of_no_use(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compiled once and kept, but cuda-core has been uninstalled since."""
-    monkeypatch.setitem(sys.modules, "cuda.core", None)
-    rung = cuda.choose(gpu(T4), torch.float16, 64)
-    assert rung.name == "torch efficient"
-    assert "pip install 'minibert[cuda]'" in rung.reason
+def test_own_kernels_replace_a_missing_flash(gpu: Gpu) -> None:
+    assert cuda.choose(gpu(A100, flash=False), F16, 64).name == "own kernels"
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_size", "message"),
     [
-        (T4, torch.bfloat16, 64, "bfloat16 needs compute capability 8.0, .* 7.5: use float16"),
-        (A100, torch.float64, 64, "does not compute in torch.float64"),
-        (A100, torch.float16, 20, "multiple of 8 up to 256, not 20"),
+        (T4, BF16, 64, "bfloat16 needs compute capability 8.0, .* 7.5: use float16"),
+        (A100, torch.float64, 64, "does not support torch.float64"),
+        (A100, F16, 20, "multiple of 8 up to 256, not 20"),
     ],
 )
 def test_what_no_rung_can_do_is_an_error(
-    capability: tuple[int, int], dtype: torch.dtype, head_size: int, message: str, gpu: Any
+    capability: tuple[int, int], dtype: torch.dtype, head_size: int, message: str, gpu: Gpu
 ) -> None:
     with pytest.raises(cuda.FusedUnavailableError, match=message):
         cuda.choose(gpu(capability), dtype, head_size)
@@ -301,8 +214,61 @@ def test_on_a_cpu_fused_is_an_error_that_names_the_alternatives() -> None:
 
 @pytest.mark.parametrize("name", ["torch efficient", "torch flash"])
 def test_the_rungs_of_torch_are_called_as_torch_declares_them(name: str) -> None:
-    """Shape and autograd node only: their kernels exist on GPUs alone."""
+    """Shape and autograd node only: their kernels need a GPU."""
     qkv = product(64).detach().to("meta").requires_grad_()
     context = ladder.RUNGS[name](*qkv.unbind(1), STARTS.to("meta"), 17, 0.1)
     assert context.shape == (31, 2, 64)
     assert context.requires_grad
+
+
+OBSTACLES: dict[str, Callable[[torch.device], str | None]] = {
+    "attention": lambda device: cuda.attention.obstacle(device, F16, 64),
+    "norm": lambda device: cuda.obstacle_to_norm(device, 768),
+    "adamw": lambda device: adamw.obstacle(device, "google"),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES.values(), ids=OBSTACLES)
+def test_obstacles(
+    obstacle: Callable[[torch.device], str | None], gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reason why kernels cannot run, a binary that nothing can launch among them."""
+
+    def broken(*_: object) -> bytes:
+        raise build.BuildError("no NVRTC here")
+
+    assert obstacle(gpu(T4)) is None
+    assert obstacle(torch.device("cpu")) == "a CUDA device is required, not cpu"
+    assert obstacle(gpu(V100)) == "compute capability 7.5 is required, this is 7.0"
+    device = gpu(T4)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "cubin", broken)
+        assert obstacle(device) == "no NVRTC here"
+    device = gpu(T4)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert "pip install 'minibert[cuda]'" in obstacle(device)
+
+
+def test_an_obstacle_to_the_own_kernels_is_said(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = gpu(T4)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    rung = cuda.choose(device, F16, 64)
+    assert rung.name == "torch efficient"
+    assert "pip install 'minibert[cuda]'" in rung.reason
+
+
+def test_widths_that_add_norm_does_not_support_are_an_obstacle(gpu: Gpu) -> None:
+    for width in (96, 832):
+        assert f"up to 768, not {width}" in cuda.obstacle_to_norm(gpu(T4), width)
+
+
+def test_the_gpu_gets_one_pass_adamw_or_a_reason(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(optim, "OnePassAdamW", lambda *_, eps: made.append("one pass"))
+    monkeypatch.setattr(optim, "AdamW", lambda *_, eps: made.append("plain"))
+    groups = [optim.Group([SimpleNamespace(device=gpu(T4))])]
+    assert "the CUDA kernel" in optim.choose_adamw(groups, "google").reason
+    gpu(V100)
+    reason = optim.choose_adamw(groups, "google").reason
+    assert reason.endswith("cannot run: compute capability 7.5 is required, this is 7.0")
+    assert made == ["one pass", "plain"]

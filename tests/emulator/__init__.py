@@ -1,4 +1,8 @@
-"""Runs the CUDA kernels on the CPU: compiles their source against ``emulator.h`` with g++."""
+"""Runs the CUDA kernels on the CPU: their source, compiled with g++ against ``emulator.h``.
+
+Importing this package gives the kernels a CPU side: ``launch.enqueue`` runs launches on CPU tensors
+in the emulator, and torch's operators accept CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -6,159 +10,190 @@ import ctypes
 import hashlib
 import random
 import subprocess
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
+from typing import Any
+from unittest.mock import patch
 
 from cuda.core._kernel_arg_handler import ParamHolder
 from torch import Tensor
 
-from minibert.speed.cuda import attention, build, norm
+from minibert.speed.cuda import attention, build, launch, norm, ops
+from minibert.speed.cuda.launch import Launch
 
-_BUILDS = TemporaryDirectory(prefix="minibert-emulator-")
-_ORDERS = random.Random(0)  # not torch's generator, which tests look at
-_WRITES = {
+INPUT, OUTPUT, UPDATED = range(3)  # a tensor's role in a launch; the last one is changed in place
+OUTPUTS = {
     "forward": ("context", "lse"),
     "backward_q": ("dq", "delta"),
     "backward_kv": ("dk", "dv"),
+    "add_norm": ("y", "mean", "scale"),
+    "add_norm_backward": ("dx", "dresidual", "partial"),
+    "add_norm_sums": ("sums",),
+    "adamw": (),
 }
-
-
-# _FORTIFY_SOURCE forbids longjmp between stacks, which is how fibers switch.
-_OPTIONS = ("-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE")
-
-
+_BUILDS = TemporaryDirectory(prefix="minibert-emulator-")
 _BUILDING = Lock()
-
-
-@lru_cache
-def _header(optimize: str) -> Path:
-    """``emulator.h`` compiled ahead: it takes longer than the kernels behind it."""
-    header = Path(_BUILDS.name) / f"emulator{optimize}.h"
-    header.write_text((Path(__file__).parent / "emulator.h").read_text())
-    compiled = header.with_suffix(".h.gch")
-    options = [*_OPTIONS, optimize, "-w", "-x", "c++-header", str(header), "-o", str(compiled)]
-    subprocess.run(["g++", *options], check=True)
-    return header
+_ORDERS = random.Random(0)  # not torch's generator, whose state the tests look at
+# -Og: these kernels take longer to compile than to run. _FORTIFY_SOURCE forbids longjmp between
+# stacks, which is how fibers switch.
+_GCC = ("g++", "-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", "-Og")
 
 
 class EmulationError(AssertionError):
-    """The emulator saw a kernel do something forbidden."""
+    """A kernel did something forbidden."""
+
+
+@cache
+def _header() -> Path:
+    """``emulator.h`` precompiled: it takes longer than the kernels."""
+    header = Path(_BUILDS.name) / "emulator.h"
+    header.write_text((Path(__file__).parent / "emulator.h").read_text())
+    command = [*_GCC, "-w", "-x", "c++-header", str(header), "-o", f"{header}.gch"]
+    subprocess.run(command, check=True)
+    return header
 
 
 class Emulator:
-    """The kernels of one source text.
+    """The kernels of one source.
 
     Args:
-        text: C++ source, without ``primitives.cuh``: ``emulator.h`` stands for it.
+        text: C++ source without ``primitives.cuh``, which ``emulator.h`` replaces.
         defines: preprocessor macros.
-        optimize: "-O2" where it runs long, "-Og" where compiling takes longer than running.
     """
 
-    def __init__(self, text: str, defines: dict[str, int], optimize: str = "-O2") -> None:
+    def __init__(self, text: str, defines: dict[str, int]) -> None:
         macros = [f"-D{name}={value}" for name, value in defines.items()]
         digest = hashlib.sha256("".join([text, *macros]).encode()).hexdigest()[:16]
         library = Path(_BUILDS.name) / f"{digest}.so"
-        if not library.exists():
-            with _BUILDING:
-                header = _header(optimize)
-            options = [*_OPTIONS, optimize, *macros, "-include", str(header)]
-            options += ["-shared", "-x", "c++", "-", "-o", str(library)]
-            subprocess.run(["g++", *options], input=text.encode(), check=True)
+        with _BUILDING:
+            header = _header()
+        command = [*_GCC, *macros, "-include", header, "-shared", "-x", "c++", "-", "-o", library]
+        subprocess.run(command, input=text.encode(), check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_launch.restype = ctypes.c_char_p
         self.library.emulator_bank_conflicts.restype = ctypes.c_uint64
         self.bank_conflicts = 0
 
-    def run(self, launch: attention.Launch, seed: int = 0) -> None:
-        """Run one launch; ``seed`` is the order of the threads.
+    def run(
+        self, work: Launch, outputs: Sequence[str] | None = None, order: int | None = None
+    ) -> None:
+        """Run one launch.
+
+        Args:
+            work: on CPU tensors.
+            outputs: parameters that the kernel must write completely; ``OUTPUTS`` by default.
+            order: seed for the order of the threads; random by default.
 
         Raises:
-            EmulationError: a forbidden access, a race, a deadlock, or an output left unwritten.
+            EmulationError: a forbidden access, a race, a deadlock, or an incomplete output.
         """
-        self.watch(launch)
-        parameters = attention.pack(launch.problem._asdict())
-        # ParamHolder is what cuda.core.launch makes of them for the driver.
-        holder = ParamHolder(parameters)
-        self.run_packed(launch.kernel, launch.grid, launch.threads, holder, len(parameters), seed)
+        self.watch(work, outputs)
+        self.start(work.kernel, work.grid, work.threads, launch.pack(work.parameters), order)
 
-    def watch(self, launch: attention.Launch) -> None:
-        """Name the tensors the next launch may touch, and fill those it must write with NaN."""
+    def watch(self, work: Launch, outputs: Sequence[str] | None = None) -> None:
+        """Declare the tensors that the next start may touch; fill its outputs with NaN."""
+        if outputs is None:
+            outputs = OUTPUTS[work.kernel.removesuffix("_long").removesuffix("_short")]
         self.library.emulator_clear_views()
-        writes = _WRITES[launch.kernel.rsplit("_", 1)[0]]
-        for name, value in launch.problem._asdict().items():
-            if isinstance(value, Tensor):
-                self.view(name, value, name in writes)
+        for name, x in work.parameters.items():
+            if isinstance(x, Tensor):
+                if name in outputs:
+                    x.fill_(float("nan") if x.is_floating_point() else -1)
+                self._view(name, x, OUTPUT if name in outputs else INPUT)
+        if work.file == "adamw.cu":
+            self._watch_adamw(**work.parameters)
 
-    def run_packed(
+    def _watch_adamw(self, tensors: Tensor, sizes: Tensor, scalars: Tensor, **_: Any) -> None:
+        """The tensors behind the table of addresses."""
+        names = ("parameter", "gradient", "first", "second")
+        for i, (addresses, size) in enumerate(zip(tensors.tolist(), sizes.tolist())):
+            updated = addresses[1] and scalars[3]
+            for name, address in zip(names, addresses):
+                role = UPDATED if updated and name != "gradient" else INPUT
+                if address:
+                    self._add_view(f"{name} {i}", address, 1, 4 * size, 4 * size, role)
+
+    def _view(self, name: str, x: Tensor, role: int) -> None:
+        """The bytes of a tensor: rows along its first dimension; a vector is one row."""
+        if x.dim() == 1:
+            x = x[None]
+        rows, size = x.shape[0], x.element_size()
+        row_bytes = x[0].numel() * size if rows else 0
+        assert x[:1].contiguous().stride()[1:] == x.stride()[1:], f"{name}: rows with holes"
+        self._add_view(name, x.data_ptr(), rows, row_bytes, max(x.stride(0) * size, 1), role)
+
+    def _add_view(
+        self, name: str, address: int, rows: int, row_bytes: int, stride: int, role: int
+    ) -> None:
+        numbers = map(ctypes.c_int64, (rows, row_bytes, stride))
+        self.library.emulator_add_view(name.encode(), ctypes.c_void_p(address), *numbers, role)
+
+    def start(
         self,
         kernel: str,
         grid: tuple[int, ...],
         threads: int,
-        parameters: ParamHolder,
-        count: int,
-        seed: int = 0,
+        parameters: Sequence[Any],
+        order: int | None = None,
     ) -> None:
-        """Run a kernel on the parameters as cuLaunchKernel takes them."""
-        pointer = ctypes.c_void_p(parameters.ptr)
+        """Start a kernel on parameters as ``cuda.core.launch`` takes them."""
+        holder = ParamHolder(parameters)  # cuda.core.launch makes this of them for the driver
+        order = _ORDERS.getrandbits(32) if order is None else order
         message = self.library.emulator_launch(
-            kernel.encode(), *grid, threads, pointer, count, seed
+            kernel.encode(), *grid, threads, ctypes.c_void_p(holder.ptr), len(parameters), order
         )
         self.bank_conflicts += self.library.emulator_bank_conflicts()
         if message:
             raise EmulationError(message.decode())
 
-    def view(self, name: str, x: Tensor, role: int) -> None:
-        """Tell the emulator which bytes this tensor owns: rows along its first dimension.
 
-        ``role``: 0 an input, 1 an output, 2 updated in place.
-        """
-        rows, size = x.shape[0], x.element_size()
-        row_bytes = x[0].numel() * size if rows else 0
-        assert x[:1].contiguous().stride()[1:] == x.stride()[1:], f"{name}: rows with holes"
-        if role == 1:
-            x.fill_(float("nan") if x.is_floating_point() else -1)
-        self.library.emulator_add_view(
-            name.encode(),
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_int64(rows),
-            ctypes.c_int64(row_bytes),
-            ctypes.c_int64(max(x.stride(0) * size, 1)),
-            int(role),
-        )
-
-
-def source(file: str = "attention.cu") -> str:
-    """Kernels as the emulator compiles them."""
+def source(file: str) -> str:
+    """A source as the emulator compiles it; tests that change a kernel replace this function."""
     return build.source(file, primitives=False)
 
 
-@lru_cache
-def emulator(head_size: int, dropout: int) -> Emulator:
-    return Emulator(source(), {"HEAD_SIZE": head_size, "DROPOUT": dropout})
+@cache
+def _compiled(text: str, defines: tuple[tuple[str, int], ...]) -> Emulator:
+    return Emulator(text, dict(defines))
 
 
-def launch(step: attention.Launch) -> None:
-    """A launcher for ``attention.forward`` and ``backward``: the unchanged source."""
-    machine = emulator(step.defines["HEAD_SIZE"], step.defines["DROPOUT"])
-    machine.run(step, seed=_ORDERS.getrandbits(32))
+def machine(file: str, defines: dict[str, int]) -> Emulator:
+    """The emulator of a source, compiled on first use."""
+    return _compiled(source(file), tuple(sorted(defines.items())))
 
 
-@lru_cache
-def norm_emulator(text: str, defines: tuple[tuple[str, int], ...]) -> Emulator:
-    return Emulator(text, dict(defines), "-Og")
+enqueue_on_gpu = launch.enqueue
 
 
-def launch_norm(step: norm.Launch) -> None:
-    """A launcher for ``norm.forward`` and ``backward``."""
-    machine = norm_emulator(source("norm.cu"), tuple(step.defines.items()))
-    machine.library.emulator_clear_views()
-    for name, value in step.parameters.items():
-        if isinstance(value, Tensor):  # of one dimension: one row, read two numbers at a time
-            x = value[None] if value.dim() == 1 else value
-            machine.view(name, x, int(name in step.writes))
-    holder = ParamHolder(attention.pack(step.parameters))
-    order = _ORDERS.getrandbits(32)
-    count = len(step.parameters)
-    machine.run_packed(step.kernel, (step.blocks, 1), step.threads, holder, count, order)
+def enqueue(work: Launch) -> None:
+    """``launch.enqueue`` for the GPU and the CPU."""
+    if any(isinstance(x, Tensor) and x.is_cuda for x in work.parameters.values()):
+        enqueue_on_gpu(work)
+    else:
+        machine(work.file, work.defines).run(work)
+
+
+launch.enqueue = enqueue
+ops.attention_forward.register_kernel("cpu")(attention.forward)
+ops.attention_backward.register_kernel("cpu")(attention.backward)
+ops.add_norm_forward.register_kernel("cpu")(norm.forward)
+ops.add_norm_backward.register_kernel("cpu")(norm.backward)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches made inside, on either device."""
+    launches: list[Launch] = []
+
+    original = launch.enqueue
+
+    def record(work: Launch) -> None:
+        launches.append(work)
+        original(work)
+
+    with patch.object(launch, "enqueue", record):
+        yield launches

@@ -1,18 +1,18 @@
-// primitives.cuh once more, for the CPU: the kernel sources run unchanged, and are watched.
+// primitives.cuh for the CPU: runs the unchanged kernel sources and checks every access.
 //
-// Every CUDA thread is a fiber. Whoever may run next is drawn at random; a collective (a barrier, an
-// exchange between lanes, a tensor-core product) holds a fiber until all that take part have come.
-// The emulator reports, instead of computing on:
-//   - a read or write of global memory outside the tensors given to the launch, or misaligned;
-//     a write to an input, a read of an output, an element written twice or never, an element
-//     that is updated in place read after its update
-//   - a read or write of shared memory outside what the kernel declared, or misaligned;
-//     a read of shared memory that nobody wrote
-//   - a race: two threads touch the same word of shared memory, one of them writing, and no barrier
-//     lies between. This does not depend on the order in which the fibers happened to run.
-//   - lanes of a warp in different collectives, and threads that wait for each other forever
-// It also counts bank conflicts of ldmatrix. What it cannot show: speed, and the rounding inside a
-// real tensor core, which sums in another order.
+// Every CUDA thread is a fiber. The next fiber to run is drawn at random. A collective operation (a
+// barrier, an exchange between lanes, a tensor-core product) blocks a fiber until all participants
+// have arrived. The first of these faults ends the launch with a message:
+//   - a misaligned access to global memory, or one outside the tensors of the launch; a write to an
+//     input, a read of an output, an element written twice or never, a read of an element that was
+//     already updated in place
+//   - a misaligned access to shared memory, or one outside what the kernel declared; a read of
+//     uninitialised shared memory
+//   - a race: two threads access the same word of shared memory without a barrier between them, at
+//     least one of them writing. Its detection does not depend on the order of the fibers.
+//   - lanes of a warp in different collectives; a deadlock
+// It also counts bank conflicts of ldmatrix. It cannot show speed, nor the rounding inside a real
+// tensor core, which adds in another order.
 #pragma once
 
 #include <setjmp.h>
@@ -49,7 +49,7 @@ enum Collective { NONE, WARP_BARRIER, SHUFFLE, MATRICES, MATRICES_TRANSPOSED, PR
 const char* const COLLECTIVE_NAMES[] = {"none",         "warp_barrier", "a shuffle", "load_matrices",
                                         "load_matrices_transposed", "multiply_accumulate"};
 
-struct Slot {  // what a lane brings to a collective and takes away
+struct Slot {  // a lane's input to a collective, and its result
   u32 words[4];
   float floats[4];
   const unsigned char* address;
@@ -100,7 +100,7 @@ static void run_body() {
   _longjmp(scheduler, 2);
 }
 
-// Lets another fiber run; returns when this one is drawn again.
+// Runs other fibers until this one is drawn again.
 __attribute__((noinline)) static void wait() {
   if (_setjmp(fibers[current].resume) == 0) _longjmp(scheduler, 2);
 }
@@ -132,7 +132,7 @@ static void run_block() {
   setcontext(&fiber.start);
 }
 
-// Waits until the warp's 32 lanes are in the same collective; the last one performs it for all.
+// Waits until the warp's 32 lanes are in the same collective; the last lane performs it for all.
 template <class Perform>
 static Slot& collective(Collective kind, const Slot& mine, Perform perform) {
   Warp& warp = warps[current / 32];
@@ -167,7 +167,7 @@ struct View {  // a tensor: `rows` rows of `row_bytes`, `stride` bytes apart
 
 static std::vector<View> views;
 
-// The view that holds these bytes, and where in it they lie.
+// The view that holds these bytes, and their offset in it.
 static std::pair<View*, int64_t> locate(const void* pointer, size_t bytes, const char* what) {
   const uintptr_t address = (uintptr_t)pointer;
   if (address % std::min<size_t>(bytes, 16)) fail("%s of %zu bytes at a misaligned global address", what, bytes);
@@ -229,7 +229,7 @@ struct Access {
   u32 block_epoch, warp_epoch;
 };
 
-struct Word {  // who touched four bytes of shared memory last; readers by warp
+struct Word {  // the last accesses to four bytes of shared memory
   Access writer;
   std::vector<Access> readers;
 };
@@ -281,7 +281,7 @@ static void touch_shared(const unsigned char* pointer, size_t bytes, bool write,
       word.writer = now;
       word.readers.clear();
     } else {
-      bool known = false;  // a reader of this epoch that stands for this one: same thread
+      bool known = false;  // this thread has read the word in this epoch
       for (const Access& reader : word.readers) {
         known |= reader.thread == thread && reader.block_epoch == now.block_epoch &&
                  reader.warp_epoch == now.warp_epoch;
@@ -322,7 +322,7 @@ static float half_of(u32 word, int which) { return half_to_float((f16)(word >> (
 struct Kernel {
   int threads;
   int parameters;
-  std::function<std::function<void()>(void**)> bind;  // the body with its parameters read
+  std::function<std::function<void()>(void**)> bind;  // returns the body with its parameters bound
 };
 
 static std::map<std::string, Kernel>& kernels() {
@@ -338,7 +338,7 @@ struct Register {
                        }};
   }
 
-  // Reads the parameters the way the driver does: each entry points to a value of the kernel's type.
+  // Reads the parameters as the driver does: each entry points to a value of the kernel's type.
   template <size_t... I>
   static std::function<void()> bind(void (*function)(P...), void** parameters,
                                     std::index_sequence<I...>) {
@@ -525,7 +525,7 @@ DEVICE float log2_fast(float x) { return log2f(x); }
 DEVICE float square_root(float x) { return std::sqrt(x); }
 DEVICE float infinity() { return INFINITY; }
 
-// ---- what Python calls -------------------------------------------------------------------------
+// ---- the functions that Python calls -----------------------------------------------------------
 
 extern "C" {
 
@@ -540,7 +540,7 @@ void emulator_add_view(const char* name, void* base, int64_t rows, int64_t row_b
 
 uint64_t emulator_bank_conflicts() { return emulator::bank_conflicts; }
 
-// `parameters` is what cuLaunchKernel takes: an array of pointers to the values.
+// `parameters` is an array of pointers to the values, as for cuLaunchKernel.
 // Returns the message of the first fault, or an empty string.
 const char* emulator_launch(const char* name, int grid_x, int grid_y, int threads, void** parameters,
                             int count, u32 seed) {

@@ -1,12 +1,12 @@
-"""Fused attention over packed sentences, and what stands behind it: the project's CUDA kernels.
+"""The project's CUDA kernels: fused attention; dropout, residual and LayerNorm; AdamW.
 
-Reading order: ``docs/fused-attention.md``; ``primitives.cuh``, ``tiles.cuh``, ``problem.cuh``,
+Reading order: ``docs/fused-attention.md``; ``primitives.cuh``, ``tiles.cuh``, ``problem.cuh`` and
 ``attention.cu`` (the kernels); ``attention.py`` (their arguments), ``build.py`` (compiling),
-``launch.py`` (starting), ``ops.py`` (torch); ``ladder.py`` (who gets which); then ``norm.cu`` and
-``norm.py``, ``adamw.cu`` and ``adamw.py``. Importing this package
+``launch.py`` (starting), ``ops.py`` (operators of torch); ``ladder.py`` (which device gets which
+kernels); then ``norm.cu`` and ``norm.py``, ``adamw.cu`` and ``adamw.py``. Importing this package
 compiles nothing and needs no CUDA.
 
-Shape legend: see layout.py.
+Shape legend: see model/layout.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.speed.cuda import norm
-from minibert.speed.cuda.ladder import (
-    RUNGS,
-    FusedUnavailableError,
-    Rung,
-    choose,
-    name_of_rung,
-    obstacle_to_norm,
-)
+from minibert.speed.cuda.ladder import RUNGS, FusedUnavailableError, Rung, choose, name_of_rung
+from minibert.speed.cuda.norm import obstacle as obstacle_to_norm
 
 __all__ = [
     "FusedUnavailableError",
@@ -34,6 +28,11 @@ __all__ = [
     "choose",
     "obstacle_to_norm",
 ]
+
+# The mark that torch.compiler.assume_constant_result sets. Calling it would import the compiler,
+# which takes as long as the rest of torch.
+for _constant in (name_of_rung, obstacle_to_norm):
+    vars(_constant)["_dynamo_marked_constant"] = True
 
 
 def attend_packed(
@@ -48,21 +47,20 @@ def attend_packed(
 
     Args:
         q_NHK, k_NHK, v_NHK: (N, H, K) on a CUDA device, float16, bfloat16 or float32; slices of one
-            (N, 3, H, K) product are read in place. Under ``torch.autocast`` they are cast to its
-            dtype.
-        starts: (B + 1,) int32 on the same device; sentence b holds tokens starts[b]:starts[b + 1],
+            (N, 3, H, K) product are read in place. ``torch.autocast`` casts them to its dtype.
+        starts: (B + 1,) int32 on the same device; sentence b holds tokens starts[b]:starts[b + 1]
             and may be empty.
-        max_length: tokens of the longest sentence, or any bound above it. Not checked, which would
-            wait for the GPU: tokens behind a bound that is too low are left undefined.
-        dropout_p: probability of dropping an attention weight; its mask is drawn from torch's
+        max_length: at least the length of the longest sentence. Not checked, because that would
+            wait for the GPU: if it is too low, the tokens beyond it are undefined.
+        dropout_p: probability of dropping an attention weight; the mask depends on torch's
             generator of the device.
 
     Returns:
-        Context (N, H, K), in the dtype computed in.
+        Context (N, H, K), in the dtype of the computation.
 
     Raises:
         FusedUnavailableError: no fused kernel runs on this device in this dtype.
-        ValueError: shapes or dtypes do not fit.
+        ValueError: a shape or dtype that the kernels do not support.
     """
     device = q_NHK.device
     if torch.is_autocast_enabled(device.type):
@@ -85,14 +83,14 @@ def attend_padded(
 
     Args:
         q_NHK, k_NHK, v_NHK: (N, H, K), padding included; N = B * S.
-        tokens: (number of real tokens,) int64, where they lie on the N axis, in order:
+        tokens: (number of real tokens,) int64, their ascending indices on the N axis:
             ``mask.flatten().nonzero()[:, 0]``.
-        starts: (B + 1,) int32, over the real tokens; a row that is all padding is empty:
+        starts: (B + 1,) int32, over the real tokens; a row of padding alone is empty:
             ``F.pad(mask.sum(1).cumsum(0), (1, 0)).int()``.
-        max_length, dropout_p: as for ``attend_packed``; S will do.
+        max_length, dropout_p: as for ``attend_packed``; S is a valid max_length.
 
     Returns:
-        Context (N, H, K), zero at padding, so a fully masked row is finite.
+        Context (N, H, K), zero at padding; so a fully masked row is finite.
     """
     context = attend_packed(
         q_NHK[tokens], k_NHK[tokens], v_NHK[tokens], starts, max_length, dropout_p
@@ -108,19 +106,19 @@ def add_norm(
     eps: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """LayerNorm(dropout(x) + residual), in one pass where the kernels take it, else in three.
+    """LayerNorm(dropout(x) + residual), in one pass if the kernels can run, else in three.
 
-    They take x in float16 on a device for which ``obstacle_to_norm`` finds nothing.
+    The kernels run if x is float16 and ``obstacle_to_norm`` finds no obstacle.
 
     Args:
-        x_ND: (N, D), floating.
-        residual_ND: (N, D), floating; under autocast float32.
+        x_ND: (N, D), floating point.
+        residual_ND: (N, D), floating point; float32 under autocast.
         weight_D, bias_D: (D,), of the LayerNorm.
         eps: of the LayerNorm.
-        dropout_p: its mask is drawn from torch's generator of the device.
+        dropout_p: the mask depends on torch's generator of the device.
 
     Returns:
-        (N, D), in the kernels' case in the residual's dtype.
+        (N, D); from the kernels in the residual's dtype.
     """
     if norm.fits(x_ND, residual_ND) and obstacle_to_norm(x_ND.device, x_ND.shape[1]) is None:
         from minibert.speed.cuda import ops

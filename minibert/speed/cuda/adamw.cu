@@ -1,17 +1,17 @@
 // AdamW over all parameters of a model in one launch.
 //
-// Written with one operation after another, AdamW reads and writes every parameter and its two
-// moments several times, and clipping and unscaling read and write every gradient once more. The
-// arithmetic is nothing, the traffic everything: here each number is read once and written once.
+// AdamW is limited by memory traffic. As separate operations it reads and writes every parameter
+// and both moments several times, and clipping and unscaling read and write every gradient once
+// more. Here each number is read once and written once.
 //
-// A block does one chunk of one tensor; which, it finds in a table. SEMANTICS is fixed when
-// compiling: 0 "torch", 1 "transformers", 2 "google" (the three published versions, see adamw.py).
+// A block updates one chunk of one tensor and finds it in a table. SEMANTICS is a compile-time
+// constant: 0 "torch", 1 "transformers", 2 "google" (the published versions, see adamw.py).
 #include "primitives.cuh"
 
 constexpr int THREADS = 256, UNROLLED = 4;
-constexpr int CHUNK = 4096;  // elements a block updates; adamw.py cuts the tensors so
+constexpr int CHUNK = 4096;  // elements per block, as in adamw.py
 
-struct Tensors {  // one row of the table: where a parameter, its gradient and its moments lie
+struct Tensors {  // one row of the table: addresses of a parameter, its gradient and its moments
   float* parameter;
   const float* gradient;
   float* first;
@@ -22,24 +22,24 @@ KERNEL(adamw, THREADS, 4,
        (const Tensors* tensors, const int* sizes, const float* rates, const int* chunks,
         const float* scalars, float lr, float rest1, float beta2, float rest2,
         float eps),
-       // rest1 and rest2 are 1 - beta, subtracted in float64: in float32 0.999 leaves four digits.
-       // chunks (number of blocks, 2): tensor, and which of its chunks.
+       // rest1 and rest2 are 1 - beta, computed in float64: in float32, 1 - 0.999 has four digits.
+       // chunks (blocks, 2): index of the tensor, index of its chunk.
        const int tensor = load_global(chunks + 2 * block_index_x());
        const int start = load_global(chunks + 2 * block_index_x() + 1) * CHUNK;
        const int size = load_global(sizes + tensor);
-       // scalars: what gradients are multiplied with (clipping and unscaling), the two bias
-       // corrections, and whether to do anything: a gradient that overflowed skips the step.
+       // scalars: the factor on gradients (clipping and unscaling), the two bias corrections, and
+       // whether to update at all: an overflow skips the step.
        const float factor = load_global(scalars), correction1 = load_global(scalars + 1);
        const float correction2 = load_global(scalars + 2);
        if (load_global(scalars + 3) == 0.f) return;
        const Tensors t = load_global(tensors + tensor);
-       // rates (tensors, 2): factor on the learning rate, weight decay.
+       // rates (tensors, 2): factor on the learning rate, and weight decay.
        const float rate = lr * load_global(rates + 2 * tensor);
        const float decay = load_global(rates + 2 * tensor + 1);
 
        for (int base = start; base < start + CHUNK && base < size; base += THREADS * UNROLLED) {
          float p[UNROLLED], g[UNROLLED], m[UNROLLED], v[UNROLLED];
-         UNROLL for (int i = 0; i < UNROLLED; i++) {  // all loads first: they wait together
+         UNROLL for (int i = 0; i < UNROLLED; i++) {  // all loads first: their latencies overlap
            const int at = base + i * THREADS + thread_index();
            if (at < size) {
              p[i] = load_global(t.parameter + at);

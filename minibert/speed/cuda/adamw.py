@@ -1,44 +1,38 @@
-"""AdamW, clipping and unscaling in a single pass over the parameters: ``adamw.cu``.
+"""What to launch for AdamW with clipping and unscaling in one pass: the kernel in ``adamw.cu``.
 
-The three versions of AdamW that BERT has been trained with, by name: "torch" (Loshchilov and Hutter
-2019, arXiv:1711.05101, algorithm 2), "transformers" (eps before the bias correction, decay after
-the update) and "google" (no bias correction, decay inside the update; google-research/bert).
+BERT has been trained with three versions of AdamW: "torch" (Loshchilov and Hutter 2019,
+arXiv:1711.05101, algorithm 2), "transformers" (eps before the bias correction, decay after the
+update) and "google" (no bias correction, decay inside the update; google-research/bert).
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from minibert.speed.cuda import build
+from minibert.speed.cuda import launch
 
 SEMANTICS = {"torch": 0, "transformers": 1, "google": 2}
 CHUNK = 4096  # as in adamw.cu
 THREADS = 256
 
 
-class Launch(NamedTuple):
-    """One launch of ``adamw``."""
-
-    defines: dict[str, int]
-    blocks: int
-    parameters: list[Any]  # as ``cuda.core.launch`` takes them
+def obstacle(device: torch.device, semantics: str) -> str | None:
+    """Why the AdamW kernel cannot run here, or None. Compiles it if necessary."""
+    return launch.obstacle(device, "adamw.cu", {"SEMANTICS": SEMANTICS[semantics]})
 
 
 class Sweep:
-    """Updates parameters in place, all of them in one launch.
+    """Updates all parameters in place, in one launch.
 
     Args:
         parameters: float32, contiguous, on one CUDA device.
-        first, second: the moments, like the parameters.
-        lr_factors, weight_decays: one number a parameter.
+        first, second: the moments, shaped like the parameters.
+        lr_factors, weight_decays: one number per parameter.
         semantics: "torch", "transformers" or "google".
         betas, eps: as in Adam.
-        launch: starts the kernel; ``launch_on_gpu`` unless a test runs it elsewhere.
 
     Raises:
         ValueError: a tensor that the kernel cannot read.
@@ -54,16 +48,15 @@ class Sweep:
         semantics: str,
         betas: tuple[float, float],
         eps: float,
-        launch: Callable[[Sweep, Launch], None] | None = None,
     ) -> None:
         for x in (*parameters, *first, *second):
             if x.dtype != torch.float32 or not x.is_contiguous() or x.numel() >= 2**31:
                 raise ValueError(
-                    f"one-pass AdamW needs contiguous float32, got {x.dtype} {x.shape}"
+                    "one-pass AdamW needs contiguous float32 of fewer than 2^31 elements, "
+                    f"got {x.dtype} {tuple(x.shape)}"
                 )
         self.parameters, self.first, self.second = list(parameters), list(first), list(second)
         self.semantics, self.betas, self.eps = semantics, betas, eps
-        self.launch = launch or launch_on_gpu
         self.device = parameters[0].device
         rates = list(zip(lr_factors, weight_decays))
         self.rates = torch.tensor(rates, dtype=torch.float32, device=self.device)
@@ -72,7 +65,7 @@ class Sweep:
         self.chunk_counts = [-(-size // CHUNK) for size in sizes]
         self.addresses: list[tuple[int, ...]] = []
         self.present: list[bool] = []
-        # On the device, because whether a step is skipped is known only there.
+        # On the device: only the device knows whether a step is skipped.
         self.steps = torch.zeros((), dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
@@ -83,17 +76,17 @@ class Sweep:
         max_norm: float | None = None,
         grad_scale: Tensor | None = None,
     ) -> Tensor:
-        """One update; parameters without a gradient are left alone.
+        """One update; parameters without a gradient stay as they are.
 
         Args:
-            gradients: like the parameters.
-            lr: learning rate before each parameter's factor.
-            max_norm: bound on the joint 2-norm of the unscaled gradients; None: not clipped.
-            grad_scale: what the loss was multiplied with (``GradScaler``); None: nothing.
+            gradients: shaped like the parameters.
+            lr: learning rate, before each parameter's factor.
+            max_norm: bound on the joint 2-norm of the unscaled gradients; None does not clip.
+            grad_scale: the factor the loss was multiplied by (``LossScaler``); None for 1.
 
         Returns:
-            The joint 2-norm of the unscaled gradients before clipping, on the device. Where it is
-            not finite and ``grad_scale`` is given, nothing was updated.
+            The joint 2-norm of the unscaled gradients before clipping, on the device. If
+            ``grad_scale`` is given and the norm is not finite, nothing was updated.
         """
         gradients = [None if x is None else x.contiguous() for x in gradients]
         present = [gradient for gradient in gradients if gradient is not None]
@@ -106,35 +99,41 @@ class Sweep:
             factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch clips
         apply = torch.isfinite(norm) if grad_scale is not None else torch.ones_like(norm).bool()
         self.steps += apply
-        beta1, beta2 = self.betas
+        beta1, beta2, eps = map(float, (*self.betas, self.eps))
         scalars = torch.stack(
             [factor, 1 - beta1**self.steps, (1 - beta2**self.steps).sqrt(), apply]
         ).float()
         self._locate(gradients)
-        packed: list[Any] = [
-            x.data_ptr() for x in (self.table, self.sizes, self.rates, self.chunks, scalars)
-        ]
-        packed += [ctypes.c_float(x) for x in (lr, 1 - beta1, beta2, 1 - beta2, self.eps)]
-        self.scalars, self.gradients = scalars, present  # for a launch that looks at them
-        defines = {"SEMANTICS": SEMANTICS[self.semantics]}
-        self.launch(self, Launch(defines, self.chunks.shape[0], packed))
-        # The allocator gives their memory to nothing that runs before the kernel on this stream;
-        # held any longer, the gradients would stand beside those of the next backward pass.
-        del self.scalars, self.gradients
+        defines, grid = {"SEMANTICS": SEMANTICS[self.semantics]}, (self.chunks.shape[0], 1)
+        parameters: dict[str, launch.Parameter] = {
+            "tensors": self.table,
+            "sizes": self.sizes,
+            "rates": self.rates,
+            "chunks": self.chunks,
+            "scalars": scalars,
+            "lr": float(lr),
+            "rest1": 1 - beta1,
+            "beta2": beta2,
+            "rest2": 1 - beta2,
+            "eps": eps,
+        }
+        # Scalars and gradients may be freed on return: the allocator reuses their memory on this
+        # stream only, after the kernel.
+        launch.enqueue(launch.Launch("adamw.cu", "adamw", defines, grid, THREADS, parameters))
         return norm
 
     def _locate(self, gradients: Sequence[Tensor | None]) -> None:
-        """The tables of addresses and chunks.
+        """Update the tables of addresses and chunks where necessary.
 
-        Gradients move, most steps: the short table of addresses is made anew if one did. The chunks
-        of BERT-base are 26 thousand, and depend only on which tensors have a gradient.
+        Gradients move in most steps, which changes only the short table of addresses. The chunks
+        (26 thousand for BERT-base) depend only on which tensors have a gradient.
         """
         rows = zip(self.parameters, gradients, self.first, self.second)
         addresses = [tuple(0 if x is None else x.data_ptr() for x in row) for row in rows]
         if addresses != self.addresses:
             self.addresses = addresses
             table = torch.tensor(addresses, dtype=torch.int64)
-            self.table = table.to(self.device, non_blocking=True)  # behind the backward pass
+            self.table = table.to(self.device, non_blocking=True)  # after the backward pass
         present = [gradient is not None for gradient in gradients]
         if present != self.present:
             self.present = present
@@ -145,23 +144,3 @@ class Sweep:
                 for chunk in range(count)
             ]
             self.chunks = torch.tensor(chunks, dtype=torch.int32).to(self.device)
-
-
-def obstacle(device: torch.device, semantics: str) -> str | None:
-    """Why the kernel cannot run on this CUDA device, or None; compiles it if need be."""
-    from minibert.speed.cuda import launch
-
-    try:
-        launch.load("adamw.cu", launch.architecture(device), {"SEMANTICS": SEMANTICS[semantics]})
-    except build.BuildError as error:
-        return str(error)
-    return None
-
-
-def launch_on_gpu(sweep: Sweep, step: Launch) -> None:
-    """Start the kernel on torch's current stream."""
-    from minibert.speed.cuda.launch import enqueue
-
-    enqueue(
-        sweep.device, "adamw.cu", "adamw", step.defines, (step.blocks, 1), THREADS, step.parameters
-    )

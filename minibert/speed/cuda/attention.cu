@@ -1,41 +1,41 @@
 // Attention over sentences without padding: context = softmax(q kᵀ / √K) v, and its gradients.
 //
-// Reading order: primitives.cuh (what the hardware does), tiles.cuh (how a warp multiplies),
-// problem.cuh (what is given; dropout), then here `forward`, `backward_q`, `backward_kv`.
+// Reading order: primitives.cuh (hardware operations), tiles.cuh (how a warp multiplies),
+// problem.cuh (inputs; dropout), then here `forward`, `backward_q`, `backward_kv`.
 // docs/fused-attention.md draws the tiling.
 //
-// The idea is flash attention's: the S x S matrix of scores never exists. A block owns 64 (or 16)
-// query rows of one head of one sentence and walks over the keys, a tile at a time; a row's softmax
-// is kept up to date as its maximum `m` and sum `l` over the keys seen so far. The backward pass
+// As in flash attention, the S x S matrix of scores never exists. A block owns 64 (or 16) query
+// rows of one head of one sentence and iterates over tiles of keys. The softmax of a row is updated
+// online, as the maximum `m` and the sum `l` over the keys seen so far. The backward pass
 // recomputes the probabilities from q, k and the saved log-sum-exp.
 //   Milakov and Gimelshein 2018, arXiv 1805.02867 (online softmax)
 //   Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4; Dao 2023, arXiv 2307.08691
 //
-// No thread adds to memory that another adds to, so gradients are the same in every run.
+// No two threads accumulate into the same memory, so gradients are deterministic.
 //
 // Legend: N tokens of the batch, H heads, K head size.
-// HEAD_SIZE (32 or 64) and DROPOUT (0 or 1) are fixed when compiling: four binaries, of which a
+// HEAD_SIZE (32 or 64) and DROPOUT (0 or 1) are compile-time constants: four binaries, of which a
 // program needs one for inference and one for training.
 #include "problem.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// ---- the kernels -------------------------------------------------------------------------------
+// ---- the three algorithms ----------------------------------------------------------------------
 //
-// A block is WARPS warps and owns 16 * WARPS rows, 16 a warp. It walks over the other side of the
-// score matrix in tiles of STEP rows, of which BUFFERS lie in shared memory. With two buffers a
-// warp can store the next tile while another still reads the present one: one barrier a tile.
+// A block of WARPS warps owns 16 * WARPS rows, 16 per warp. It iterates over the other side of the
+// score matrix in tiles of STEP rows, BUFFERS of them in shared memory. With two buffers a warp can
+// store the next tile while another still reads the current one: one barrier per tile.
 
 template <int WARPS, int STEP_, int BUFFERS_, int FLOATS_A_ROW = 0>
 struct Shape {
   static constexpr int STEP = STEP_, BUFFERS = BUFFERS_;
   static constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS;
   static constexpr int TILE_BYTES = STEP * ROW_BYTES;
-  static constexpr int PAIR_BYTES = 2 * TILE_BYTES;  // two tensors are walked over together
-  static constexpr int STAGING_BYTES = 16 * ROW_BYTES;  // a warp's own, used before and after
+  static constexpr int PAIR_BYTES = 2 * TILE_BYTES;  // one tile of each of two tensors
+  static constexpr int STAGING_BYTES = 16 * ROW_BYTES;  // per warp, used before and after the loop
   static constexpr int LOOP_BYTES = BUFFERS * PAIR_BYTES;
-  static constexpr int STATISTICS =  // where the floats that go with a row of a tile begin
+  static constexpr int STATISTICS =  // offset of the floats that belong to the rows of a tile
       LOOP_BYTES > WARPS * STAGING_BYTES ? LOOP_BYTES : WARPS * STAGING_BYTES;
   static constexpr int BYTES = STATISTICS + 4 * FLOATS_A_ROW * BUFFERS * STEP;
   using Rows = Incoming<STEP, THREADS>;
@@ -45,9 +45,9 @@ template <class S>
 DEVICE void forward(const Problem& p, unsigned char* shared) {
   constexpr int STEP = S::STEP, BUFFERS = S::BUFFERS;
   const Place at(p, S::ROWS);
-  if (at.first_row >= at.length) return;  // a shorter sentence than the longest: nothing to do
+  if (at.first_row >= at.length) return;  // past the end of a shorter sentence
   const int warp = thread_index() / 32, lane = thread_index() % 32, g = lane / 4, t = lane % 4;
-  const int row = at.first_row + 16 * warp;  // the first of this warp
+  const int row = at.first_row + 16 * warp;  // the first row of this warp
   unsigned char* staging = shared + warp * S::STAGING_BYTES;
   const f16 *k = p.k + at.offset(p.k_stride), *v = p.v + at.offset(p.v_stride);
 
@@ -61,11 +61,11 @@ DEVICE void forward(const Problem& p, unsigned char* shared) {
   next_k.commit(shared);
   next_v.commit(shared + S::TILE_BYTES);
 
-  // Each lane follows two rows, g and g + 8: maximum of the raw scores, sum of exponentials (of
-  // this lane's columns only until the end), and the weighted sum of values.
+  // Per lane and row (g and g + 8): the maximum of the raw scores, the sum of exponentials (over
+  // this lane's columns until the end), and the weighted sum of values.
   float m[2] = {-infinity(), -infinity()}, l[2] = {0.f, 0.f}, sum[CHUNKS][4];
   clear(sum);
-  const float scale_log2 = p.scale * LOG2_E;  // exp(x) = 2^(x log2 e), and the hardware has 2^x
+  const float scale_log2 = p.scale * LOG2_E;  // the hardware has 2^x: exp(x) = 2^(x log2 e)
 
   for (int first_key = 0, buffer = 0; first_key < at.length; first_key += STEP) {
     block_barrier();  // the tile is complete
@@ -83,7 +83,7 @@ DEVICE void forward(const Problem& p, unsigned char* shared) {
     }
     float s[STEP / 16][2][4];
     UNROLL for (int i = 0; i < STEP / 16; i++) multiply_transposed(s[i], q, k_tile, 16 * i);
-    if (first_key + STEP > at.length) {  // keys behind the end of the sentence get no weight
+    if (first_key + STEP > at.length) {  // keys past the end of the sentence get no weight
       UNROLL for (int i = 0; i < STEP / 16; i++) {
         UNROLL for (int j = 0; j < 2; j++) {
           UNROLL for (int e = 0; e < 4; e++) {
@@ -101,7 +101,7 @@ DEVICE void forward(const Problem& p, unsigned char* shared) {
         }
       }
       largest = quad_max(largest);
-      // What was summed so far was relative to the old maximum; exp2(-inf) is 0 the first time.
+      // Rescale the sums from the old maximum to the new one; exp2(-inf) is 0 the first time.
       const float shrink = exp2_fast((m[r] - largest) * scale_log2);
       m[r] = largest;
       l[r] *= shrink;
@@ -129,7 +129,7 @@ DEVICE void forward(const Problem& p, unsigned char* shared) {
     }
 
     if (more) {
-      if (BUFFERS == 1) block_barrier();  // everyone has read the tile that is replaced now
+      if (BUFFERS == 1) block_barrier();  // all warps have read the tile that is replaced now
       buffer = (buffer + 1) % BUFFERS;
       next_k.commit(shared + buffer * S::PAIR_BYTES);
       next_v.commit(shared + buffer * S::PAIR_BYTES + S::TILE_BYTES);
@@ -144,15 +144,15 @@ DEVICE void forward(const Problem& p, unsigned char* shared) {
                    m[r] * p.scale + log2_fast(l[r]) * LN_2);
     }
   }
-  block_barrier();  // the tiles are read; their memory becomes staging again
+  block_barrier();  // all tiles are read; their memory becomes staging again
   const int stride = p.heads * K;
   store_rows(sum, 1.f / l[0], 1.f / l[1], staging, p.context + at.offset(stride), stride, row,
              at.length);
 }
 
-// dq = scale * ds k, with ds = p * (dp - delta), dp = (d_context vᵀ) * keep, and delta the sum over a
-// row of context * d_context, which is what the softmax's derivative subtracts. A block owns query
-// rows and walks over the keys. It writes delta for backward_kv.
+// dq = scale * ds k, with ds = p * (dp - delta) and dp = (d_context vᵀ) * keep. delta, the sum over
+// a row of context * d_context, comes from the derivative of softmax. A block owns query rows and
+// iterates over the keys. It writes delta for backward_kv.
 template <class S>
 DEVICE void backward_q(const Problem& p, unsigned char* shared) {
   constexpr int STEP = S::STEP, BUFFERS = S::BUFFERS;
@@ -231,8 +231,8 @@ DEVICE void backward_q(const Problem& p, unsigned char* shared) {
              at.length);
 }
 
-// dv = (p * keep)ᵀ d_context and dk = scale * dsᵀ q. A block owns key rows and walks over the queries:
-// everything is transposed, rows of the accumulators are keys and columns are queries.
+// dv = (p * keep)ᵀ d_context and dk = scale * dsᵀ q. A block owns key rows and iterates over the
+// queries. Everything is transposed: rows of the accumulators are keys, columns are queries.
 template <class S>
 DEVICE void backward_kv(const Problem& p, unsigned char* shared) {
   constexpr int STEP = S::STEP, BUFFERS = S::BUFFERS;
@@ -241,7 +241,7 @@ DEVICE void backward_kv(const Problem& p, unsigned char* shared) {
   const int warp = thread_index() / 32, lane = thread_index() % 32, t = lane % 4;
   const int row = at.first_row + 16 * warp;
   unsigned char* staging = shared + warp * S::STAGING_BYTES;
-  // Behind the tiles lie lse and delta of the queries of each buffer, STEP floats each.
+  // After the tiles: lse and delta of the queries of each buffer, STEP floats each.
   unsigned char* statistics = shared + S::STATISTICS;
   const int stride = p.heads * K;
   const f16 *q = p.q + at.offset(p.q_stride), *d_context = p.d_context + at.offset(stride);
@@ -259,7 +259,7 @@ DEVICE void backward_kv(const Problem& p, unsigned char* shared) {
     next_d.fetch(d_context, stride, first_query, at.length);
     const int query = first_query + thread_index();
     const bool inside = thread_index() < STEP && query < at.length;
-    // A query behind the end gets probability 2^-inf = 0.
+    // A query past the end gets probability 2^-inf = 0.
     next_lse = inside ? load_global(lse + query) * LOG2_E : infinity();
     next_delta = inside ? load_global(delta + query) : 0.f;
   };
@@ -322,23 +322,23 @@ DEVICE void backward_kv(const Problem& p, unsigned char* shared) {
              at.length);
 }
 
-// ---- what Python launches ----------------------------------------------------------------------
+// ---- the kernels that Python launches ----------------------------------------------------------
 //
-// `long`: four warps, 64 rows, tiles of 32. `short`: one warp, 16 rows, tiles of 16; a sentence of
-// 12 tokens fills them, where 64 x 32 would be idle for the most part. A single buffer, since there
-// is little to walk over, and more blocks then fit on a multiprocessor.
+// `long`: four warps, 64 rows, tiles of 32, two buffers. `short`: one warp, 16 rows, tiles of 16,
+// one buffer. A sentence of 12 tokens would leave most of a 64 x 32 tile idle, and has few tiles to
+// overlap; one buffer lets more blocks fit on a multiprocessor.
 
 using Long = Shape<4, 32, 2>;
 using Short = Shape<1, 16, 1>;
-using LongQueries = Shape<4, 32, 2, 2>;  // walks over queries, each with lse and delta
+using LongQueries = Shape<4, 32, 2, 2>;  // iterates over queries, each with lse and delta
 using ShortQueries = Shape<1, 16, 1, 2>;
 
 #define ATTENTION(name, body, S, min_blocks)                                                       \
   KERNEL(name, S::THREADS, min_blocks, PROBLEM_PARAMETERS, SHARED_MEMORY(shared, S::BYTES);        \
          body<S>(PROBLEM, shared))
 
-// The last column, blocks a multiprocessor, is the most that leaves the registers each needs
-// without spilling any; benchmarks/kernel_resources.py measures it.
+// The last column, blocks per multiprocessor, is the largest number that spills no register;
+// benchmarks/kernel_resources.py measures it.
 #if DROPOUT && __CUDA_ARCH__ >= 800
 ATTENTION(forward_long, forward, Long, 2)
 #else

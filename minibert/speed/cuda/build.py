@@ -1,23 +1,23 @@
-"""From CUDA source to a binary for the GPU at hand: NVRTC, and a cache on disk.
+"""From CUDA source to a binary for the present GPU: NVRTC, and a cache on disk.
 
-NVRTC is NVIDIA's compiler as a library; torch's CUDA wheels bring it along, so no CUDA toolkit and
-no host compiler is needed. The sources include nothing, which keeps them independent of any
-installed header.
+NVRTC is NVIDIA's compiler as a library. torch's CUDA wheels install it, so no CUDA toolkit and no
+host compiler is needed. The sources include no header from outside this directory.
 
-A binary is compiled for one architecture (``sm_75``) rather than as PTX: PTX from an NVRTC newer
-than the installed driver is refused by it, and the driver would compile it once more.
+A binary is compiled for one architecture (``sm_75``), not as PTX: a driver refuses PTX from a newer
+NVRTC, and would have to compile it again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 
 from minibert.files import MinibertError, home, replacing
 
 HERE = Path(__file__).parent
-OPTIONS = "c++17"  # part of the cache's key, beside the source and the architecture
+STANDARD = "c++17"
 
 
 class BuildError(RuntimeError):
@@ -25,11 +25,11 @@ class BuildError(RuntimeError):
 
 
 def source(file: str, primitives: bool = True) -> str:
-    """A kernel file with its includes put in place: one self-contained text.
+    """A source with its includes inlined: one self-contained text.
 
     Args:
         file: a source in this directory.
-        primitives: whether ``primitives.cuh`` is among them; the emulator brings its own.
+        primitives: whether to inline ``primitives.cuh``; the emulator substitutes its own.
     """
     lines = [f'#line 1 "{file}"']
     for number, line in enumerate((HERE / file).read_text().splitlines(), start=1):
@@ -53,10 +53,10 @@ def compile_source(text: str, arch: str, defines: dict[str, int], kind: str = "c
         kind: "cubin" or "ptx".
 
     Returns:
-        The code (bytes) and the assembler's log: registers, spills and shared memory a kernel.
+        The code (bytes) and the assembler's log: each kernel's registers, spills and shared memory.
 
     Raises:
-        BuildError: NVRTC is missing or refuses the source.
+        BuildError: NVRTC is missing or rejects the source.
     """
     try:
         from cuda.core import Program, ProgramOptions
@@ -65,61 +65,40 @@ def compile_source(text: str, arch: str, defines: dict[str, int], kind: str = "c
             f"the CUDA kernels are compiled with cuda-core, which cannot be imported ({error}): "
             "pip install 'minibert[cuda]'"
         ) from error
-    log = _Log()
+    log = StringIO()
     options = ProgramOptions(
         arch=arch,
-        std=OPTIONS,
+        std=STANDARD,
         define_macro=[(name, str(value)) for name, value in defines.items()],
         ptxas_options=["-v"] if kind == "cubin" else None,
     )
     try:
         code = Program(text, "c++", options).compile(kind, logs=log).code
-    except Exception as error:  # cuda-core raises its own and NVRTC's types, by version
+    except Exception as error:  # cuda-core's types or NVRTC's, depending on the version
         raise BuildError(
-            f"NVRTC does not compile the kernels for {arch}: {error}\n{log.text}"
-        ) from (error)
-    return code, log.text
+            f"NVRTC cannot compile the kernels for {arch}: {error}\n{log.getvalue()}"
+        ) from error
+    return code, log.getvalue()
 
 
-class _Log:
-    """What ``Program.compile`` writes its messages to."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-
-def cubin(file: str, arch: str, defines: dict[str, int], directory: Path | None = None) -> bytes:
-    """The binary of a kernel file, from the cache if the same source was compiled before.
+def cubin(file: str, arch: str, defines: dict[str, int]) -> bytes:
+    """The binary of a source, from ``kernels`` under ``home()`` if it was compiled before.
 
     Args:
         file: a source in this directory, for example "attention.cu".
         arch: for example ``sm_75``.
         defines: preprocessor macros.
-        directory: where binaries are kept; ``kernels`` under ``home()`` by default.
 
     Raises:
-        BuildError: it has to be compiled, and cannot be.
+        BuildError: it is not cached and cannot be compiled.
     """
     text = source(file)
-    key = "\n".join([text, arch, OPTIONS, repr(sorted(defines.items()))])
+    key = "\n".join([text, arch, STANDARD, repr(sorted(defines.items()))])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    path = (directory or home() / "kernels") / f"{Path(file).stem}-{arch}-{digest}.cubin"
-    try:
+    path = home() / "kernels" / f"{Path(file).stem}-{arch}-{digest}.cubin"
+    with suppress(OSError):  # missing or unreadable: compile
         return path.read_bytes()
-    except OSError:
-        pass  # not there, or not readable: compile
     code, _ = compile_source(text, arch, defines)
-    _write(path, code)
-    return code
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Keep a binary for the next process.
-
-    A directory that cannot be written costs that process a compilation, and nothing else.
-    """
-    with suppress(MinibertError), replacing(path) as temporary:
+    with suppress(MinibertError), replacing(path) as temporary:  # read-only: compile every time
         temporary.write_bytes(code)
+    return code

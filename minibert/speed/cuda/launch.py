@@ -1,17 +1,120 @@
-"""Starts the kernels on a GPU, with NVIDIA's ``cuda-core``."""
+"""One kernel launch: what it is, how its arguments are packed, how it starts.
+
+``attention.py``, ``norm.py`` and ``adamw.py`` say what to launch; ``enqueue`` starts it, with
+NVIDIA's cuda-core.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from minibert.speed.cuda import attention, build, norm
+from minibert.speed.cuda import build
+
+Parameter = Tensor | int | float | None
+
+
+@dataclass(eq=False)  # tensors have no single ==
+class Launch:
+    """One launch of one kernel.
+
+    Attributes:
+        file: source in this directory, for example "attention.cu".
+        kernel: its name in that file.
+        defines: preprocessor macros, which select the binary.
+        grid: blocks in x and y.
+        threads: per block.
+        parameters: by name, in the order the kernel declares them. A tensor or None for a pointer,
+            a float for ``float``, an int below 2^31 for ``int`` and ``u32``.
+    """
+
+    file: str
+    kernel: str
+    defines: dict[str, int]
+    grid: tuple[int, int]
+    threads: int
+    parameters: dict[str, Parameter]
+
+
+def pack(parameters: Mapping[str, Parameter]) -> list[Any]:
+    """Parameters for ``cuda.core.launch``: an address as int, a number as a 4-byte ctypes value."""
+    return [_pack(value) for value in parameters.values()]
+
+
+def _pack(value: Parameter) -> Any:
+    if value is None:
+        return 0
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int32(value)
+
+
+def dropout(dropout_p: float) -> dict[str, float]:
+    """The two parameters of a kernel with dropout.
+
+    ``drop_below`` is compared with 16 random bits, so the actual probability is a multiple of
+    1/65536; ``keep_scale`` is exactly its 1 / (1 - p).
+
+    Raises:
+        ValueError: p is not in [0, 1), or rounds to 1.
+    """
+    drop_below = round(dropout_p * 65536)
+    if not 0 <= drop_below < 65536:
+        raise ValueError(f"dropout probability must be in [0, 1), got {dropout_p}")
+    return {"keep_scale": 65536 / (65536 - drop_below), "drop_below": drop_below}
+
+
+def architecture(device: torch.device) -> str:
+    """NVRTC's name for the device's architecture, for example ``sm_75``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def load(file: str, arch: str, defines: dict[str, int]):
+    """The binary of a source as cuda-core's ``ObjectCode``.
+
+    Raises:
+        BuildError: it is not cached and cannot be compiled, or cuda-core is missing.
+    """
+    code = build.cubin(file, arch, defines)
+    try:
+        from cuda.core import ObjectCode
+    except ImportError as error:  # the cache outlives an uninstalled cuda-core
+        raise build.BuildError(
+            f"the CUDA kernels are launched with cuda-core, which cannot be imported ({error}): "
+            "pip install 'minibert[cuda]'"
+        ) from error
+    return ObjectCode.from_cubin(code)
+
+
+def obstacle(device: torch.device, file: str, defines: dict[str, int]) -> str | None:
+    """Why the kernels of a source cannot run on a device, or None. Compiles them if necessary."""
+    if device.type != "cuda":
+        return f"a CUDA device is required, not {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 5):
+        return f"compute capability 7.5 is required, this is {capability[0]}.{capability[1]}"
+    try:
+        load(file, architecture(device), defines)
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+@lru_cache
+def _kernel(file: str, name: str, arch: str, defines: tuple[tuple[str, int], ...]):
+    # Per architecture, not per device: the driver loads it into the current context.
+    return load(file, arch, dict(defines)).get_kernel(name)
 
 
 class _Stream:
-    """A torch stream as cuda-core takes it: anything that says ``(version, handle)``."""
+    """A torch stream in cuda-core's protocol: (version, handle)."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -20,75 +123,24 @@ class _Stream:
         return (0, self.handle)
 
 
-def architecture(device: torch.device) -> str:
-    """What NVRTC calls the device's architecture, for example ``sm_75``."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+def enqueue(launch: Launch) -> None:
+    """Put a launch on torch's current stream of its tensors' device; returns at once.
 
-
-def load(file: str, arch: str, defines: dict[str, int]):
-    """A variant of a source as cuda-core's ``ObjectCode``.
+    The first call loads the kernel, so a CUDA graph can capture the second one.
 
     Raises:
-        BuildError: it has to be compiled, and cannot be; or cuda-core is missing.
-    """
-    code = build.cubin(file, arch, defines)
-    try:
-        from cuda.core import ObjectCode
-    except ImportError as error:  # compiled in better days
-        raise build.BuildError(
-            f"the CUDA kernels are launched by cuda-core, which cannot be imported ({error}): "
-            "pip install 'minibert[cuda]'"
-        ) from error
-    return ObjectCode.from_cubin(code)
-
-
-@lru_cache
-def _kernel(file: str, name: str, arch: str, defines: tuple[tuple[str, int], ...]):
-    # One per architecture, not per device: the driver loads it into whichever context is current.
-    return load(file, arch, dict(defines)).get_kernel(name)
-
-
-def launch(step: attention.Launch) -> None:
-    """Start one of the attention kernels; see ``enqueue``."""
-    parameters = attention.pack(step.problem._asdict())
-    device = step.problem.q.device
-    enqueue(device, "attention.cu", step.kernel, step.defines, step.grid, step.threads, parameters)
-
-
-def launch_norm(step: norm.Launch) -> None:
-    """Start one of the kernels of ``norm.cu``; see ``enqueue``."""
-    device = next(x.device for x in step.parameters.values() if isinstance(x, torch.Tensor))
-    enqueue(
-        device, "norm.cu", step.kernel, step.defines, (step.blocks, 1), step.threads,
-        attention.pack(step.parameters),
-    )  # fmt: skip
-
-
-def enqueue(
-    device: torch.device,
-    file: str,
-    name: str,
-    defines: dict[str, int],
-    grid: tuple[int, int],
-    threads: int,
-    parameters: list[Any],
-) -> None:
-    """Put a kernel on torch's current stream of the device; returns at once.
-
-    Capturing a CUDA graph works after one call outside the capture, which loads the kernel.
-
-    Raises:
-        BuildError: the kernel has to be compiled first, and cannot be.
+        BuildError: the kernel is not cached and cannot be compiled.
     """
     from cuda.core import Device, LaunchConfig
     from cuda.core import launch as start
 
-    kernel = _kernel(file, name, architecture(device), tuple(sorted(defines.items())))
+    device = next(x.device for x in launch.parameters.values() if isinstance(x, Tensor))
+    defines = tuple(sorted(launch.defines.items()))
+    kernel = _kernel(launch.file, launch.kernel, architecture(device), defines)
     with torch.cuda.device(device):
-        # torch and cuda-core share the device's primary context; autograd's threads may not have
-        # made it current yet.
+        # torch and cuda-core share the device's primary context, which may not be current yet in
+        # autograd's threads.
         Device(device.index).set_current()
         stream = _Stream(torch.cuda.current_stream().cuda_stream)
-        config = LaunchConfig(grid=grid, block=threads)
-        start(stream, config, kernel, *parameters)
+        config = LaunchConfig(grid=launch.grid, block=launch.threads)
+        start(stream, config, kernel, *pack(launch.parameters))

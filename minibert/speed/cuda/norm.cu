@@ -2,21 +2,22 @@
 //
 //   h = dropout(x) + residual        y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias
 //
-// One operation after another, h is written, read, written and read again, and the dropout's mask is
-// kept for the backward pass. Here a warp does a row: it holds the row in registers, the sums over it
-// are exchanges between lanes, and each number is read once and written once. Nothing is kept for
-// the backward pass but the mean and 1 / sqrt(var + eps) of each row: h is computed again from
-// x and the residual, the mask from the seed.
+// As separate operations, intermediate results are written and read twice, and the dropout mask is
+// stored for the backward pass. Here a warp processes a row and keeps it in registers; sums over the
+// row are exchanges between lanes; each number is read once and written once. For the backward pass
+// only each row's mean and 1 / sqrt(var + eps) are stored: h is recomputed from x and the residual,
+// the mask from the seed.
 //
-// HIDDEN (a multiple of 64) and DROPOUT are fixed when compiling. x is float16; the residual, the
-// weights and y are float32 if WIDE (as under autocast), else float16. All arithmetic is in float32.
+// HIDDEN (a multiple of 64), DROPOUT and WIDE are compile-time constants. x is float16. The
+// residual, the weights and y are float32 if WIDE (as under autocast), else float16. Arithmetic is
+// in float32.
 //
 // Legend: N rows (tokens), D = HIDDEN.
 #include "primitives.cuh"
 #include "random.cuh"
 
-constexpr int WARPS = 4;             // of a block; each does a row at a time
-constexpr int STEPS = HIDDEN / 64;   // a lane holds the numbers 64 * step + 2 * lane, and the next
+constexpr int WARPS = 4;             // per block; each processes one row at a time
+constexpr int STEPS = HIDDEN / 64;   // a lane holds numbers 64 * step + 2 * lane and the next
 
 struct alignas(8) Pair {
   float low, high;
@@ -45,7 +46,7 @@ struct Dropout {
   float keep_scale;  // 1 / (1 - dropout probability)
   u32 drop_below;    // a number is dropped when its 16 random bits are below this
 
-  // A pair of a row after dropout. Two steps share a draw of 64 bits, 32 for each.
+  // A pair of a row after dropout. Two steps share one draw of 64 bits, 32 each.
   DEVICE Pair of(Pair x, int row, int step) const {
     if (!DROPOUT) return x;
     const u64 random = philox(seed, row, step / 2 * 32 + thread_index() % 32);
@@ -55,10 +56,10 @@ struct Dropout {
   }
 };
 
-// Where this lane's pair of a step lies in a row.
+// The column of this lane's pair in a step.
 DEVICE int column(int step) { return 64 * step + thread_index() % 32 * 2; }
 
-// h = dropout(x) + residual of one row, this lane's numbers.
+// This lane's numbers of h = dropout(x) + residual in one row.
 DEVICE void load_sum(Pair (&h)[STEPS], const f16* x, const wide* residual, int row,
                      const Dropout& dropout) {
   const long long start = (long long)row * HIDDEN;
@@ -72,7 +73,7 @@ DEVICE void load_sum(Pair (&h)[STEPS], const f16* x, const wide* residual, int r
 KERNEL(add_norm, WARPS * 32, 4,
        (const f16* x, const wide* residual, const wide* weight, const wide* bias, const u64* seed,
         wide* y, float* mean, float* scale, int rows, float eps, float keep_scale, u32 drop_below),
-       // scale (N): 1 / sqrt(var + eps). seed: one number, in memory, as in problem.cuh.
+       // scale (N): 1 / sqrt(var + eps). seed: one number in memory, as in problem.cuh.
        const int row = block_index_x() * WARPS + thread_index() / 32;
        if (row >= rows) return;
        const Dropout dropout{DROPOUT ? load_global(seed) : 0, keep_scale, drop_below};
@@ -81,7 +82,7 @@ KERNEL(add_norm, WARPS * 32, 4,
        float sum = 0.f;
        UNROLL for (int i = 0; i < STEPS; i++) sum += h[i].low + h[i].high;
        const float m = warp_sum(sum) / HIDDEN;
-       // The row is in registers: a second look at it costs nothing and cancels nothing.
+       // The row is in registers, so a second pass is free, and it avoids cancellation.
        float squares = 0.f;
        UNROLL for (int i = 0; i < STEPS; i++) {
          h[i] = Pair{h[i].low - m, h[i].high - m};
@@ -102,9 +103,9 @@ KERNEL(add_norm, WARPS * 32, 4,
 // With n = (h - mean) * scale and g = dy * weight:
 //   dh = (g - mean(g) - n * mean(g * n)) * scale      dweight = sum over rows of dy * n
 //   dresidual = dh, dx = dropout(dh)                  dbias = sum over rows of dy
-// A warp does the rows `warp`, `warp + all warps`, ...; the sums over its rows stay in registers.
-// Those of a block's warps are added up in shared memory, those of the blocks by add_norm_sums:
-// always in the same order, so that the same batch gives the same bits.
+// A warp processes rows `warp`, `warp + all warps`, ... and keeps the sums over its rows in
+// registers. Shared memory adds up the warps of a block, add_norm_sums the blocks, always in the
+// same order: the same batch gives the same bits.
 KERNEL(add_norm_backward, WARPS * 32, 2,
        (const wide* dy, const f16* x, const wide* residual, const wide* weight, const u64* seed,
         const float* mean, const float* scale, f16* dx, wide* dresidual, float* partial, int rows,
@@ -145,7 +146,7 @@ KERNEL(add_norm_backward, WARPS * 32, 2,
          store_shared(mine, dweight[i]);
          store_shared(mine + HIDDEN * 4, dbias[i]);
        }
-       block_barrier();  // all warps' sums are there
+       block_barrier();  // all warps' sums are stored
        for (int at = thread_index(); at < 2 * HIDDEN; at += WARPS * 32) {
          float sum = 0.f;
          UNROLL for (int other = 0; other < WARPS; other++) {
@@ -154,7 +155,7 @@ KERNEL(add_norm_backward, WARPS * 32, 2,
          store_global(partial + (long long)block_index_x() * 2 * HIDDEN + at, sum);
        })
 
-// dweight and dbias, side by side in `sums` (2, D): a thread adds up a column of `partial`.
+// sums (2, D): dweight and dbias. A thread adds up one column of `partial`.
 KERNEL(add_norm_sums, 128, 4, (const float* partial, float* sums, int blocks),
        const int at = block_index_x() * 128 + thread_index();
        if (at >= 2 * HIDDEN) return;

@@ -1,59 +1,51 @@
 """The kernels as operators of torch: ``torch.ops.minibert.attention`` and ``add_norm``.
 
-Registered this way they are to autograd, autocast, ``torch.compile`` and CUDA graphs what torch's
-own operators are: functions of tensors with known shapes and no hidden state. The dropout mask is a
-function of ``seed``, a tensor; so a graph that draws the seed anew draws the mask anew.
+Autograd, autocast, ``torch.compile`` and CUDA graphs treat them like torch's own operators:
+functions of tensors with known shapes and no hidden state. The dropout mask is a function of
+``seed``, a tensor, so a graph that draws a new seed applies a new mask.
 
-Shape legend: see layout.py.
+Shape legend: see model/layout.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef, custom_op
 
 from minibert.speed.cuda import attention, norm
-from minibert.speed.cuda.launch import launch, launch_norm
 
 
-@torch.library.custom_op(
+def _operator(name: str, function: Callable, schema: str) -> CustomOpDef:
+    return custom_op(name, mutates_args=(), device_types="cuda", schema=schema)(function)
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+attention_forward = _operator(
     "minibert::attention",
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor? seed, int max_length, "
+    attention.forward,
+    "(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor? seed, int max_length, "
     "float dropout_p) -> (Tensor, Tensor)",
 )
-def forward(q_NHK, k_NHK, v_NHK, starts, seed, max_length, dropout_p):
-    """Context (N, H, K) and log-sum-exp (H, N); see ``attention.forward``."""
-    return attention.forward(launch, q_NHK, k_NHK, v_NHK, starts, seed, max_length, dropout_p)
-
-
-@torch.library.custom_op(
+attention_backward = _operator(
     "minibert::attention_backward",
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor d_context, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse, "
+    attention.backward,
+    "(Tensor d_context, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse, "
     "Tensor starts, Tensor? seed, int max_length, float dropout_p) -> Tensor",
 )
-def backward(
-    d_context_NHK, q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed, max_length, dropout_p
-):
-    """Gradients of q, k and v as (N, 3, H, K); see ``attention.backward``."""
-    return attention.backward(
-        launch, d_context_NHK, q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed, max_length,
-        dropout_p,
-    )  # fmt: skip
 
 
-@forward.register_fake
+@attention_forward.register_fake
 def _(q_NHK, k_NHK, v_NHK, starts, seed, max_length, dropout_p):
     N, H, _K = q_NHK.shape
     return q_NHK.new_empty(q_NHK.shape), q_NHK.new_empty((H, N), dtype=torch.float32)
 
 
-@backward.register_fake
+@attention_backward.register_fake
 def _(d_context_NHK, q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed, max_length, dropout_p):
     N, H, K = q_NHK.shape
     return q_NHK.new_empty((N, 3, H, K))
@@ -66,15 +58,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradient(ctx: Any, d_context_NHK: Tensor, _d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed = ctx.saved_tensors
     grad_N3HK = torch.ops.minibert.attention_backward(
-        d_context_NHK, q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed, ctx.max_length,
-        ctx.dropout_p,
-    )  # fmt: skip
+        d_context_NHK, *ctx.saved_tensors, ctx.max_length, ctx.dropout_p
+    )
     return (*grad_N3HK.unbind(1), None, None, None, None)
 
 
-forward.register_autograd(_gradient, setup_context=_save)
+attention_forward.register_autograd(_gradient, setup_context=_save)
 torch.library.register_autocast("minibert::attention", "cuda", torch.float16)
 
 
@@ -86,7 +76,7 @@ def attend(
     max_length: int,
     dropout_p: float,
 ) -> Tensor:
-    """Attention of packed sentences by the project's kernels; arguments as ``attend_packed``."""
+    """Attention over packed sentences; arguments as for ``attend_packed``."""
     seed = _seed(q_NHK, dropout_p)
     return torch.ops.minibert.attention(
         q_NHK, k_NHK, v_NHK, starts, seed, max_length, dropout_p
@@ -94,43 +84,28 @@ def attend(
 
 
 def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    """Which dropout mask: (1,) int64 on the device of x; None without dropout.
+    """The seed of a dropout mask, (1,) int64 on the device of x; None without dropout.
 
-    By torch's generator of the device: ``torch.manual_seed`` fixes it, and a captured CUDA graph
-    draws another at every replay.
+    Drawn from torch's generator of the device: ``torch.manual_seed`` fixes it, and a captured CUDA
+    graph draws a new one at every replay.
     """
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
 
 
 # ---- dropout, residual and LayerNorm -----------------------------------------------------------
 
-
-@torch.library.custom_op(
+add_norm_forward = _operator(
     "minibert::add_norm",
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? seed, float eps, "
+    norm.forward,
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? seed, float eps, "
     "float dropout_p) -> (Tensor, Tensor, Tensor)",
 )
-def add_norm_forward(x_ND, residual_ND, weight_D, bias_D, seed, eps, dropout_p):
-    """The sum normalised, each row's mean and 1 / √(variance + eps); see ``norm.forward``."""
-    return norm.forward(
-        launch_norm, x_ND, residual_ND, weight_D, bias_D, seed, eps, dropout_p
-    )  # fmt: skip
-
-
-@torch.library.custom_op(
+add_norm_backward = _operator(
     "minibert::add_norm_backward",
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor dy, Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor scale, "
+    norm.backward,
+    "(Tensor dy, Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor scale, "
     "Tensor? seed, float dropout_p) -> (Tensor, Tensor, Tensor)",
 )
-def add_norm_backward(dy_ND, x_ND, residual_ND, weight_D, mean_N, scale_N, seed, dropout_p):
-    """Gradients of x, of the residual, and (2, D) of weight and bias; see ``norm.backward``."""
-    return norm.backward(
-        launch_norm, dy_ND, x_ND, residual_ND, weight_D, mean_N, scale_N, seed, dropout_p
-    )  # fmt: skip
 
 
 @add_norm_forward.register_fake
@@ -153,11 +128,10 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _norm_gradient(ctx: Any, dy_ND: Tensor, *_statistics: Tensor) -> tuple[Tensor | None, ...]:
-    x_ND, residual_ND, weight_D, mean_N, scale_N, seed = ctx.saved_tensors
     dx_ND, d_residual_ND, sums_2D = torch.ops.minibert.add_norm_backward(
-        dy_ND, x_ND, residual_ND, weight_D, mean_N, scale_N, seed, ctx.dropout_p
+        dy_ND, *ctx.saved_tensors, ctx.dropout_p
     )
-    dweight_D, dbias_D = sums_2D.to(weight_D.dtype).unbind(0)
+    dweight_D, dbias_D = sums_2D.to(ctx.saved_tensors[2].dtype).unbind(0)
     return dx_ND, d_residual_ND, dweight_D, dbias_D, None, None, None
 
 
@@ -172,7 +146,7 @@ def add_norm(
     eps: float,
     dropout_p: float,
 ) -> Tensor:
-    """LayerNorm(dropout(x) + residual) by the project's kernels; arguments as ``norm.forward``."""
+    """LayerNorm(dropout(x) + residual); arguments as for ``norm.forward``."""
     seed = _seed(x_ND, dropout_p)
     return torch.ops.minibert.add_norm(
         x_ND, residual_ND, weight_D, bias_D, seed, eps, dropout_p

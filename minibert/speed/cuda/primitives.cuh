@@ -1,14 +1,13 @@
-// What the kernels ask of the hardware, in one place.
+// Every hardware operation of the kernels: memory accesses, barriers, exchanges, tensor cores.
 //
-// Every access to memory, every tensor-core instruction and every barrier of the kernels goes
-// through a function of this file. `emulator.h` has the same functions for the CPU, with checks;
-// the kernel sources themselves are identical in both worlds.
+// The tests' emulator has the same functions for the CPU, with checks, and compiles the kernels
+// unchanged.
 //
 // Vocabulary, for a reader new to CUDA:
 //   lane     one of the 32 threads of a warp; they execute together
 //   block    a few warps on one multiprocessor that share memory and can wait for each other
-//   global   the GPU's main memory: large, far away
-//   shared   some KB next to the arithmetic, seen by one block: small, near
+//   global   the GPU's main memory: large and slow
+//   shared   a few KB on the multiprocessor, visible to one block: small and fast
 //
 // The instructions are those of PTX ISA 6.5 for sm_75 (Turing); later GPUs execute them too.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/
@@ -20,10 +19,10 @@ typedef unsigned short f16;  // the bits of a half; arithmetic on halves happens
 
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
-#define ROLLED _Pragma("unroll 1")  // where copies of the body would only cost registers
+#define ROLLED _Pragma("unroll 1")  // unrolling would only cost registers
 
-// A kernel that Python can launch by `name`. `min_blocks` a multiprocessor tells the compiler how
-// many registers a thread may use at most: 65536 / (threads * min_blocks).
+// A kernel that Python can launch by `name`. `min_blocks` per multiprocessor limits the registers
+// of a thread to 65536 / (threads * min_blocks).
 #define KERNEL(name, threads, min_blocks, parameters, ...)                                        \
   extern "C" __global__ void __launch_bounds__(threads, min_blocks) name parameters { __VA_ARGS__; }
 
@@ -41,7 +40,7 @@ DEVICE T load_global(const T* address) {
   return *address;
 }
 
-// 16 bytes of an input that no thread writes during this kernel: may come from the read-only cache.
+// 16 bytes of an input that no thread writes during this kernel: may use the read-only cache.
 DEVICE uint4 load_global_16(const f16* address) {
   uint4 v;
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -67,7 +66,7 @@ DEVICE void store_shared(unsigned char* address, T value) {
   *(T*)address = value;
 }
 
-// ---- waiting for each other --------------------------------------------------------------------
+// ---- barriers and exchanges --------------------------------------------------------------------
 
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
@@ -96,8 +95,8 @@ DEVICE float warp_sum(float x) {
 DEVICE u32 shared_address(const unsigned char* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Four 8 x 8 matrices of halves from shared memory. Lanes 8i .. 8i + 7 give the addresses of the
-// eight rows (16 bytes each) of matrix i; afterwards lane l holds in m[i] row l / 4, columns
-// 2 * (l % 4) and the next, which is how `mma` wants its operands.
+// eight rows (16 bytes each) of matrix i; afterwards m[i] in lane l holds row l / 4, columns
+// 2 * (l % 4) and the next: the operand layout of `mma`.
 DEVICE void load_matrices(u32 (&m)[4], const unsigned char* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -105,7 +104,7 @@ DEVICE void load_matrices(u32 (&m)[4], const unsigned char* row) {
                : "memory");
 }
 
-// The same, each matrix transposed on the way: lane l holds column l / 4, rows 2 * (l % 4) and next.
+// The same with each matrix transposed: lane l holds column l / 4, rows 2 * (l % 4) and the next.
 DEVICE void load_matrices_transposed(u32 (&m)[4], const unsigned char* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -113,8 +112,8 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const unsigned char* row) {
                : "memory");
 }
 
-// c (16 x 8, float) += a (16 x 8, half) * b (8 x 8, half), by the whole warp. With g = lane / 4 and
-// t = lane % 4, lane holds
+// The whole warp computes c (16 x 8, float) += a (16 x 8, half) * b (8 x 8, half).
+// With g = lane / 4 and t = lane % 4, a lane holds
 //   a_low   row g,     columns 2t, 2t + 1        c[0], c[1]   row g,     columns 2t, 2t + 1
 //   a_high  row g + 8, columns 2t, 2t + 1        c[2], c[3]   row g + 8, columns 2t, 2t + 1
 //   b       column g,  rows    2t, 2t + 1
@@ -127,7 +126,7 @@ DEVICE void multiply_accumulate(float (&c)[4], u32 a_low, u32 a_high, u32 b) {
 
 // ---- numbers -----------------------------------------------------------------------------------
 
-// Two floats rounded to nearest into one register of two halves, `low` in the low bits.
+// Two floats, rounded to nearest, as halves in one register; `low` in the low bits.
 DEVICE u32 pack_halves(float low, float high) {
   u32 packed;
   asm("{.reg .f16 l, h;\n cvt.rn.f16.f32 l, %1;\n cvt.rn.f16.f32 h, %2;\n mov.b32 %0, {l, h};}"
@@ -142,7 +141,7 @@ DEVICE void unpack_halves(u32 packed, float& low, float& high) {
       : "r"(packed));
 }
 
-// 2^x and log2(x) by the special-function unit: relative error at most 2^-22.
+// 2^x and log2(x) from the special-function unit: relative error at most 2^-22.
 DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

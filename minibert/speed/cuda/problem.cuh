@@ -1,11 +1,11 @@
-// What an attention kernel is given, which part of it a block does, and what dropout keeps.
+// The inputs of an attention kernel, the part of one block, and dropout.
 //
 // Legend: N tokens of the batch, H heads, B sentences, K head size.
 #pragma once
 #include "tiles.cuh"
 #include "random.cuh"
 
-// What a launch works on. Pointers that a kernel does not use are null.
+// The parameters of every attention kernel. Pointers that a kernel does not use are null.
 struct Problem {
   const f16 *q, *k, *v;      // (N, H, K), rows of one token `*_stride` halves apart
   f16* context;              // (N, H, K), contiguous: forward's result, backward's input
@@ -14,9 +14,9 @@ struct Problem {
   float* delta;              // (H, N): sum over K of context * d_context; written by backward_q
   f16 *dq, *dk, *dv;         // (N, H, K), rows of one token `grad_stride` halves apart
   const int* starts;         // (B + 1): sentence b holds tokens starts[b] .. starts[b + 1] - 1
-  const u64* seed;           // one number: which dropout mask. In memory, so that a CUDA graph
-                             // which is replayed can be given another
-  int tokens, heads, tiles;  // N, H, tiles of rows a sentence has at most
+  const u64* seed;           // one number that selects the dropout mask; in memory, so that it can
+                             // change between replays of a CUDA graph
+  int tokens, heads, tiles;  // N, H, tiles of rows in the longest sentence
   int q_stride, k_stride, v_stride, grad_stride;
   float scale;               // 1 / √K
   float keep_scale;          // 1 / (1 - dropout probability)
@@ -34,12 +34,12 @@ struct Problem {
         q_stride, k_stride, v_stride, grad_stride, scale, keep_scale, drop_below                   \
   }
 
-// Which part of the problem this block does. The grid is (sentences * tiles, heads).
+// The part of the problem that this block computes. The grid is (sentences * tiles, heads).
 struct Place {
   int first_token;  // of the sentence
   int length;       // tokens of the sentence
   int head;
-  int first_row;    // of this block, counted in the sentence
+  int first_row;    // of this block, relative to the sentence
 
   DEVICE Place(const Problem& p, int rows_per_block) {
     const int sentence = block_index_x() / p.tiles;
@@ -49,20 +49,20 @@ struct Place {
     first_row = block_index_x() % p.tiles * rows_per_block;
   }
 
-  // Where row 0 of this sentence and head begins in a tensor whose tokens are `stride` apart.
+  // Offset of this sentence and head in a tensor whose tokens are `stride` apart.
   DEVICE long long offset(int stride) const { return (long long)first_token * stride + head * K; }
 
-  // Where it begins in an (H, N) table.
+  // The same in an (H, N) table.
   DEVICE long long row_offset(int tokens) const { return (long long)head * tokens + first_token; }
 };
 
 // ---- dropout -----------------------------------------------------------------------------------
 
-// Which of a lane's 2 x 4 probabilities of a 16 x 16 patch survive: bit 4j + e for p[j][e].
+// Which of a lane's 2 x 4 probabilities of a 16 x 16 patch are kept: bit 4j + e for p[j][e].
 //
 // One draw decides the four weights (i, j), (i, j + 8), (i + 8, j) and (i + 8, j + 8). A lane holds
-// rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9: exactly two draws, whether the rows are
-// queries (forward, backward_q) or keys (backward_kv), and both see the same bits.
+// rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9. These are exactly two draws, and the same
+// ones whether rows are queries (forward, backward_q) or keys (backward_kv).
 template <bool ROWS_ARE_KEYS>
 DEVICE u32 kept(const Problem& p, u64 seed, const Place& at, int row, int column) {
   const int lane = thread_index() % 32;
@@ -84,7 +84,7 @@ DEVICE u32 kept(const Problem& p, u64 seed, const Place& at, int row, int column
   return bits;
 }
 
-// A weight after dropout; `bit` is its place in what `kept` returned.
+// A weight after dropout; `bit` is its index in the result of `kept`.
 DEVICE float dropped(float weight, u32 keep, int bit, const Problem& p) {
   return keep >> bit & 1 ? weight * p.keep_scale : 0.f;
 }

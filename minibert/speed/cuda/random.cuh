@@ -1,9 +1,9 @@
-// Random numbers without a state: a function of a seed and of where the number is needed.
-// Stands behind primitives.cuh.
+// Stateless random numbers: a function of a seed and of the number's position.
+// Include primitives.cuh first.
 #pragma once
 
-// 64 random bits that depend on the seed and on two counters alone: Philox 2x32 with seven rounds,
-// the fewest that pass BigCrush (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+// 64 random bits from a seed and two counters: Philox 2x32 with seven rounds, the fewest that pass
+// BigCrush (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 DEVICE u64 philox(u64 seed, u32 counter0, u32 counter1) {
   u32 key = (u32)seed;
   counter1 ^= (u32)(seed >> 32);

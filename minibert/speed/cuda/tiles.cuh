@@ -1,41 +1,40 @@
-// How a warp of 32 lanes moves rows of halves and multiplies them; used by every attention kernel.
+// How a warp moves rows of halves and multiplies matrices; every attention kernel uses it.
 //
-// Legend: K head size (HEAD_SIZE, fixed when compiling). g = lane / 4 and t = lane % 4: a lane's
-// place in a tensor-core operand (primitives.cuh).
+// Legend: K head size (HEAD_SIZE, a compile-time constant). g = lane / 4 and t = lane % 4: a lane's
+// position in a tensor-core operand (primitives.cuh).
 #pragma once
 #include "primitives.cuh"
 
 constexpr int K = HEAD_SIZE;
 constexpr int CHUNKS = K / 8;       // 16-byte pieces of a row
 constexpr int ROW_BYTES = 2 * K;
-constexpr int FRAGMENT = K / 4;     // registers a lane needs for 16 rows of K halves
+constexpr int FRAGMENT = K / 4;     // registers per lane for 16 rows of K halves
 
-static_assert(K == 32 || K == 64, "head sizes 32 and 64 are laid out; others need their own swizzle");
+static_assert(K == 32 || K == 64, "other head sizes than 32 and 64 need another swizzle");
 
 // ---- tiles in shared memory --------------------------------------------------------------------
 
 // Byte offset of 16-byte chunk `chunk` of row `row`.
 //
-// Shared memory has 32 banks of 4 bytes, and ldmatrix reads a chunk of eight rows at once. Stored
-// plainly, the same chunk of all rows would lie in the same banks, and the eight reads would wait
-// for each other. So the chunks of a row are permuted by its number ("swizzle"), and the eight reads
-// meet eight different groups of banks.
+// Shared memory has 32 banks of 4 bytes, and ldmatrix reads one chunk of eight rows at once. In
+// plain row-major order these chunks would share banks and the reads would be serialised. So each
+// row's chunks are permuted by the row number (a swizzle), and the eight reads use different banks.
 DEVICE int chunk_offset(int row, int chunk) {
   constexpr int rows_per_128_bytes = 8 / CHUNKS;
   return row * ROW_BYTES + ((chunk ^ (row / rows_per_128_bytes % CHUNKS)) << 4);
 }
 
-// `ROWS` rows on their way from global to shared memory, in registers.
+// `ROWS` rows in registers, between global and shared memory.
 //
-// Turing cannot copy from global to shared memory behind the program's back (Ampere's cp.async), so
-// the overlap is made by hand: `fetch` the next tile, compute on the present one while the loads
-// are under way, then `commit`.
+// Turing has no asynchronous copy from global to shared memory (Ampere's cp.async). The overlap is
+// explicit instead: `fetch` the next tile, compute on the current one while the loads are in
+// flight, then `commit`.
 template <int ROWS, int THREADS>
 struct Incoming {
   static constexpr int COUNT = ROWS * CHUNKS / THREADS;
   uint4 chunks[COUNT];
 
-  // Rows `first_row` .. of a sentence at `source`; rows behind its end become zeros.
+  // Rows from `first_row` of a sentence at `source`; rows past its end become zeros.
   DEVICE void fetch(const f16* source, int stride, int first_row, int length) {
     UNROLL for (int i = 0; i < COUNT; i++) {
       const int index = i * THREADS + thread_index() % THREADS;
@@ -55,13 +54,13 @@ struct Incoming {
   }
 };
 
-// 16 rows from global memory to operand A of `mma`, by one warp: fragment[2i] and [2i + 1] are rows
-// g and g + 8 of columns 8i .. 8i + 7. `staging` is shared memory of this warp alone, 16 rows.
+// One warp loads 16 rows from global memory as operand A of `mma`: fragment[2i] and [2i + 1] are
+// rows g and g + 8 of columns 8i .. 8i + 7. `staging` is this warp's own shared memory for 16 rows.
 DEVICE void load_fragment(u32 (&fragment)[FRAGMENT], unsigned char* staging, const f16* source,
                           int stride, int first_row, int length) {
   Incoming<16, 32> rows;
   rows.fetch(source, stride, first_row, length);
-  warp_barrier();  // the last use of `staging` is over
+  warp_barrier();  // the previous use of `staging` is over
   rows.commit(staging);
   warp_barrier();
   const int matrix = thread_index() % 32 / 8, row = thread_index() % 8;
@@ -72,7 +71,7 @@ DEVICE void load_fragment(u32 (&fragment)[FRAGMENT], unsigned char* staging, con
   }
 }
 
-// 16 rows of accumulators, times a factor a row, to global memory, by one warp.
+// One warp stores 16 rows of accumulators, each times a factor, to global memory.
 DEVICE void store_rows(const float (&rows)[CHUNKS][4], float factor_low, float factor_high,
                        unsigned char* staging, f16* destination, int stride, int first_row,
                        int length) {
@@ -96,8 +95,8 @@ DEVICE void store_rows(const float (&rows)[CHUNKS][4], float factor_low, float f
 
 // ---- the two products --------------------------------------------------------------------------
 
-// c (16 x 16) = a (16 x K) times rows `first` .. `first` + 15 of the tile, transposed:
-// c[j][...] holds columns 8j .. 8j + 7. This is q kᵀ.
+// q kᵀ: c (16 x 16) = a (16 x K) times the transpose of rows `first` .. `first` + 15 of the tile.
+// c[j] holds columns 8j .. 8j + 7.
 DEVICE void multiply_transposed(float (&c)[2][4], const u32 (&a)[FRAGMENT],
                                 const unsigned char* tile, int first) {
   const int matrix = thread_index() % 32 / 8, row = thread_index() % 8;
@@ -113,9 +112,9 @@ DEVICE void multiply_transposed(float (&c)[2][4], const u32 (&a)[FRAGMENT],
   }
 }
 
-// sum (16 x K) += p (16 x 16) times rows `first` .. `first` + 15 of the tile. This is p v.
-// An accumulator of one product is, rounded to halves, operand A of the next: no lane needs
-// anything from another.
+// p v: sum (16 x K) += p (16 x 16) times rows `first` .. `first` + 15 of the tile. The accumulator
+// of the first product, rounded to halves, has the layout of operand A of the second: lanes
+// exchange nothing.
 DEVICE void accumulate(float (&sum)[CHUNKS][4], const float (&p)[2][4], const unsigned char* tile,
                        int first) {
   const int matrix = thread_index() % 32 / 8, row = thread_index() % 8;
