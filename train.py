@@ -37,7 +37,8 @@ from minibert.pretrained.tokenizer import Tokenizer
 from minibert.processes import LostProcessError, Team, connected, own_device
 from minibert.speed import memory
 from minibert.tagging.tagger import Tagger
-from minibert.text.bio import chunks, epoch_batches, labels_of
+from minibert.text.batches import chunks, epoch_batches
+from minibert.text.bio import labels_of
 from minibert.training.adamw import bert_groups, choose_adamw
 from minibert.training.arguments import parse
 from minibert.training.averaging import WeightAverage

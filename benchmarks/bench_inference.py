@@ -10,8 +10,9 @@ from benchmarks import peers, stage
 from benchmarks.peers import Predict
 from benchmarks.stage import Place, Plan, Run
 from minibert.tagging.tagger import Tagger
-from minibert.text import bio
-from minibert.text.bio import Batch, Example
+from minibert.text.batches import Batch, Example
+from minibert.text.batches import packed as pack
+from minibert.text.batches import padded as pad
 
 INFERENCE, TURNS, WARM_UP = True, 5, 1
 SUBJECTS = (
@@ -79,7 +80,7 @@ def build(subject: str, place: Place) -> Run:
         examples = stage.by_length(examples)
     predict = predictor(kind, model if "OpenVINO" not in kind else stage.theirs(name), place)
     batches = stage.padded(examples, 128 if layout == "padded to 128" else None)
-    first = bio.padded(examples[: stage.BATCH], 0, batches[0].input_ids.shape[1])
+    first = pad(examples[: stage.BATCH], 0, batches[0].input_ids.shape[1])
     apart = _apart(predict(batches[0]).flatten(0, 1), first, name)
     assert apart <= NEAR[dtype], f"{subject}: the logits are {apart} apart"
 
@@ -108,7 +109,7 @@ def predictor(kind: str, model: nn.Module, place: Place) -> Predict:
 def _apart(logits_NL: Tensor, batch: Batch, plan_name: str) -> float:
     """Largest difference from our float32 logits at the words' first pieces, relatively."""
     examples: tuple[Example, ...] = batch.examples
-    mine = bio.packed(examples)
+    mine = pack(examples)
     assert [e.ids for e in mine.examples] == [e.ids for e in stage.by_length(examples)]
     exact_NL = stage.ours(plan_name)(**mine.inputs).logits
     exact = {id(e): part for e, part in zip(mine.examples, _words(exact_NL, mine))}

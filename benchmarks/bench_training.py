@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import stage
 from benchmarks.stage import Place, Plan, Run
-from minibert.text import bio
+from minibert.text.batches import packed, padded
 from minibert.training.adamw import Group, choose_adamw
 
 INFERENCE, TURNS, WARM_UP = False, 5, 1
@@ -41,11 +41,11 @@ def build(subject: str, place: Place) -> Run:
         return lambda: run() or {"tokens": tokens}
     if subject.startswith("minibert"):
         model = copy.deepcopy(stage.ours(name)).train()
-        batches = [bio.packed(batch) for batch in examples]
+        batches = [packed(batch) for batch in examples]
         update = _our_update(model)
     else:
         model = copy.deepcopy(stage.theirs(name)).train()
-        batches = [bio.padded(batch, stage.tokenizer().pad_id) for batch in examples]
+        batches = [padded(batch, stage.tokenizer().pad_id) for batch in examples]
         update = _their_update(model, "fused" in subject)
 
     def run_all() -> dict:

@@ -24,7 +24,7 @@ from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import fused
 from minibert.speed.cuda_graphs import Graphs, Recorder
 from minibert.text import bio, demo
-from minibert.text.bio import Batch, Example
+from minibert.text.batches import Batch, Example, chunks, epoch_batches, examples_of, packed, padded
 from minibert.training.adamw import Group, choose_adamw
 from minibert.training.schedule import LossScaler
 
@@ -78,33 +78,33 @@ def models(plan: Plan, ceiling: Ceiling) -> dict[str, Any]:
     path = fused.choose(plan.attn, plan.device, plan.dtype, ours.config.head_size)
     name = f"minibert {plan.attn}, packed"
     sides = {
-        name: Side(ours.to(plan.device), lambda e: bio.packed(e, plan.device), _our_trainer),
+        name: Side(ours.to(plan.device), lambda e: packed(e, plan.device), _our_trainer),
         "transformers sdpa, padded": Side(
             theirs.to(plan.device),
-            lambda e: bio.padded(e, tokenizer.pad_id, None, plan.device),
+            lambda e: padded(e, tokenizer.pad_id, None, plan.device),
             _their_trainer,
         ),
     }
     limit = ours.config.max_position_embeddings
     words = [sentence.words for sentence in test[: plan.test_sentences]]
-    examples = bio.examples_of(words, tokenizer, limit)
+    examples = examples_of(words, tokenizer, limit)
     # Within a batch by length, as packing does it, so that both sides' results lie alike.
-    in_order = [sorted(b, key=lambda e: len(e.ids)) for b in bio.chunks(examples, BATCH)]
+    in_order = [sorted(b, key=lambda e: len(e.ids)) for b in chunks(examples, BATCH)]
     rows = inference(sides, plan, ceiling, f"{plan.corpus} test", in_order)
     for title, lengths in plan.lengths.items():
         batches = [_random_examples(lengths, ours.config)] * 4
         rows += inference(sides, plan, ceiling, title, batches)
 
-    examples = bio.examples_of(
+    examples = examples_of(
         [sentence.words for sentence in train], tokenizer, limit,
         bio.label_ids(train, labels, plan.corpus),
     )  # fmt: skip
-    drawn = bio.epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
+    drawn = epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
     in_order = [[examples[i] for i in batch] for batch in drawn[: plan.steps]]
     if plan.device.type == "cuda":
         sides[f"{name}, CUDA graphs"] = Side(
             copy.deepcopy(ours),
-            lambda e: bio.packed(e, plan.device, tokenizer.pad_id),
+            lambda e: packed(e, plan.device, tokenizer.pad_id),
             _graphs_trainer,
         )
     rows += training(sides, plan, ceiling, f"{plan.corpus} training", in_order)

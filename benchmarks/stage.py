@@ -22,7 +22,8 @@ from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
 from minibert.text import bio
-from minibert.text.bio import Example
+from minibert.text.batches import Example, chunks, epoch_batches, examples_of
+from minibert.text.batches import padded as pad
 
 BATCH = 32
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def corpus(plan_name: str) -> tuple[list[bio.Sentence], list[bio.Sentence]]:
 def test_examples(plan_name: str) -> list[Example]:
     """The first sentences of the test set, in the order of the file."""
     words = [s.words for s in corpus(plan_name)[1][: PLANS[plan_name].sentences]]
-    return bio.examples_of(words, tokenizer(), 512)
+    return examples_of(words, tokenizer(), 512)
 
 
 @cache
@@ -115,8 +116,8 @@ def train_batches(plan_name: str) -> list[list[Example]]:
     plan, (train, _) = PLANS[plan_name], corpus(plan_name)
     labels = bio.labels_of(train)
     ids = bio.label_ids(train, labels, plan.corpus)
-    examples = bio.examples_of([s.words for s in train], tokenizer(), 512, ids)
-    drawn = bio.epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
+    examples = examples_of([s.words for s in train], tokenizer(), 512, ids)
+    drawn = epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)
     chosen = [[examples[i] for i in batch] for batch in drawn[: plan.train_batches]]
     return [sorted(batch, key=lambda e: len(e.ids)) for batch in chosen]
 
@@ -165,9 +166,7 @@ def by_length(examples: Sequence[Example]) -> list[Example]:
 
 def padded(examples: Sequence[Example], length: int | None = None) -> list[Padded]:
     """Batches of 32, filled up to ``length`` or to the longest of each."""
-    batches = [
-        bio.padded(batch, tokenizer().pad_id, length) for batch in bio.chunks(examples, BATCH)
-    ]
+    batches = [pad(batch, tokenizer().pad_id, length) for batch in chunks(examples, BATCH)]
     return [Padded(b.inputs["input_ids"], b.inputs["attention_mask"]) for b in batches]
 
 

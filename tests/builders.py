@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from torch import nn
 
 from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer
 from minibert.files import write_text
+from minibert.pretrained import config_json
 from minibert.pretrained.weights import names_of
-from minibert.text.bio import Sentence
+from minibert.text.bio import write_bio as write_bio  # for the tests to import from here
 
 LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -65,22 +67,31 @@ def small_bert(
     return model
 
 
-def save(model: nn.Module, folder: Path, pieces: Sequence[str] = PIECES) -> Path:
-    """Save a model with an uncased tokenizer, as minibert and transformers open them.
+def save(
+    model: nn.Module, folder: Path, pieces: Sequence[str] = PIECES, lowercase: bool = True
+) -> Path:
+    """Save a model with a tokenizer, as minibert and transformers open them.
 
     Args:
         model: any minibert model whose vocab_size is ``len(pieces)``.
         folder: created if it does not exist.
         pieces: the vocabulary, in the order of its ids.
+        lowercase: whether the tokenizer is uncased.
     """
     model.save_pretrained(folder)
     write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
-    Tokenizer.from_pretrained(folder).save_pretrained(folder)  # tokenizer.json and its settings
+    write_text(folder / "tokenizer_config.json", json.dumps({"do_lower_case": lowercase}))
+    Tokenizer.from_pretrained(folder).save_pretrained(folder)  # adds tokenizer.json
     return folder
 
 
 def small_checkpoint(
-    folder: Path, kind: type = BertForTokenClassification, *, words: Sequence[str] = (), **changes
+    folder: Path,
+    kind: type = BertForTokenClassification,
+    *,
+    words: Sequence[str] = (),
+    lowercase: bool = True,
+    **changes,
 ) -> Path:
     """Save a small model with its tokenizer.
 
@@ -88,10 +99,11 @@ def small_checkpoint(
         folder: created if it does not exist.
         kind: BertForTokenClassification or BertForMaskedLM.
         words: added to the vocabulary of letters as whole pieces.
+        lowercase: whether the tokenizer is uncased.
         changes: as for ``small_bert``: seed, noise and fields of the config.
     """
     pieces = (*PIECES, *(word for word in dict.fromkeys(words) if word not in PIECES))
-    return save(small_bert(kind, vocab_size=len(pieces), **changes), folder, pieces)
+    return save(small_bert(kind, vocab_size=len(pieces), **changes), folder, pieces, lowercase)
 
 
 def minilm_checkpoint(
@@ -104,7 +116,7 @@ def minilm_checkpoint(
     """
     model = BertForTokenClassification.from_pretrained(minilm, labels=labels, seed=seed)
     with torch.no_grad():
-        model.classifier.weight.mul_(sharpness)
+        model.head.classifier.weight.mul_(sharpness)
     model.save_pretrained(folder)
     Tokenizer.from_pretrained(minilm).save_pretrained(folder)
     return folder
@@ -115,19 +127,12 @@ def twin(model: BertForTokenClassification | BertForMaskedLM, attn: str = "sdpa"
     import transformers
 
     name = type(model).__name__
-    config = transformers.BertConfig(**model.config.to_dict(name), attn_implementation=attn)
-    one = next(model.parameters())
-    theirs = getattr(transformers, name)(config).to(one.device, one.dtype).train(model.training)
+    raw = config_json.to_dict(model.config, name)
+    config = transformers.BertConfig(**raw, attn_implementation=attn)
+    theirs = getattr(transformers, name)(config).to(model.device, model.dtype).train(model.training)
     parameters, names = dict(theirs.named_parameters()), names_of(model)
     assert parameters.keys() == set(names.values())
     with torch.no_grad():
         for own, their in names.items():
             parameters[their].copy_(model.get_parameter(own))
     return theirs
-
-
-def write_bio(path: Path, sentences: Sequence[Sentence]) -> Path:
-    """Write sentences in MIT Movie's form: tag, tab, word, and a blank line between sentences."""
-    blocks = ("".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences)
-    write_text(path, "\n".join(blocks))
-    return path

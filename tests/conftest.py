@@ -1,4 +1,4 @@
-"""What several test files build on."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-# The reference must not look for updates or weights anywhere but on this disk.
+# transformers must not look for updates or weights on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -17,14 +17,14 @@ from minibert.files import MinibertError, home
 from minibert.pretrained import hub
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
-# The same examples in every run, and no time limit on one: a busy machine is not a fault.
+# The same examples in every run, and no time limit: the machine may be busy.
 hypothesis.settings.register_profile("minibert", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("minibert")
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The real all-MiniLM-L6-v2 checkpoint; `make test` brings it."""
+    """The directory of all-MiniLM-L6-v2, which `make test` downloads."""
     try:
         return hub.locate_model("minilm")
     except MinibertError as error:
@@ -33,6 +33,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def mit_movie() -> Path:
+    """The directory of MIT Movie; skips the test where it is missing."""
     folder = home() / "data" / "mit_movie"
     if not (folder / "engtest.bio").is_file():
         pytest.skip("MIT Movie is not in $MINIBERT_HOME/data/mit_movie")

@@ -1,12 +1,12 @@
-"""Bad input by the thousand, through the command line, each to end well or in one clear line.
+"""Fuzzing through the command line: mutated inputs must be accepted or refused in one line.
 
     python tests/fuzz.py --count 50000                        # what `make fuzz` runs
-    python tests/fuzz.py --seed 17 --first 81 --count 1       # one input again
+    python tests/fuzz.py --seed 17 --first 81 --count 1       # repeat one input
 
-An input is made from the seed and its number alone. It fails if it ends in a traceback, in an exit
-status other than 0 and 2, in more than one line of error, if it leaves a file behind, computes for
-more than ``SECONDS``, or takes more than ``MEMORY`` beyond what good input takes: the inputs run in
-a child process that the system stops.
+An input depends only on the seed and its number. It fails if it ends in a traceback, in an exit
+status other than 0 and 2 or in more than one line of error, if it leaves a file, uses more than
+``SECONDS`` of CPU time, or more than ``MEMORY`` beyond what valid input uses. Inputs run in child
+processes under the limits of the operating system.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ from random import Random
 import mutate
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 20.0  # of computing for an input that takes some milliseconds
-PATIENCE = 600.0  # seconds by the clock: something waits that nothing will wake
+SECONDS = 20.0  # of CPU time; an input normally takes milliseconds
+PATIENCE = 600.0  # seconds of wall time, against deadlocks
 MEMORY = 512 << 20
-BLOCK = 2500  # inputs to a child process
+BLOCK = 2500  # inputs per child process
 ENVIRONMENT = {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
-    # oneDNN keeps code for the last 1024 shapes of a product, 300 MB of addresses; not what is
-    # looked for here.
+    # By default oneDNN caches code for 1024 shapes, 300 MB of address space.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
 }
 
@@ -65,51 +64,29 @@ LINES = "O\twho\nO\tdirected\nB-X\tjaws\n\nB-X\tmel\nI-X\tgibson\nO\t?\n\nO\tthe
 
 
 class BrokenError(Exception):
-    """What an input must not do."""
+    """A fault that an input has revealed."""
 
 
 def good(folder: Path, lowercase: bool = True) -> None:
-    """A whole tagger of a few thousand weights."""
-    import torch
-    from tokenizers import BertWordPieceTokenizer
+    """A valid tagger of a few thousand weights."""
+    from builders import small_checkpoint
 
-    from minibert import BertConfig, BertForTokenClassification, Tokenizer
-
-    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces = [*special, *letters, *(f"##{letter}" for letter in letters)]
-    pieces += [word for word in WORDS if word not in pieces]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    backend = BertWordPieceTokenizer(ids, lowercase=lowercase)._tokenizer
-    Tokenizer(backend, "fuzz").save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(pieces),
-        hidden_size=8,
-        num_attention_heads=2,
-        num_hidden_layers=1,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        labels=("O", "B-X", "I-X", "B-Y", "I-Y"),
-    )
-    torch.manual_seed(0)
-    model = BertForTokenClassification(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(20)
-    model.save_pretrained(folder)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sizes |= {"intermediate_size": 16, "max_position_embeddings": 16}
+    small_checkpoint(folder, words=WORDS, lowercase=lowercase, noise=0.4, seed=3, **sizes)
 
 
 def peak_mib() -> int:
-    """The most memory that this program has had; getrusage counts what it was forked from, too."""
+    """Peak memory of this process in MiB; getrusage would include its parent's before the fork."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) >> 10
 
 
 def command(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str]:
-    """Status and output of a command; errors must be one line.
+    """Status and output of a command.
 
     Raises:
-        BrokenError: they are not, or the status is neither 0 nor 2.
+        BrokenError: the status is neither 0 nor 2, or an error is not one line.
     """
     from minibert import cli
 
@@ -133,7 +110,7 @@ def command(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str]:
 
 
 def tag(folder: Path, text: bytes = b"who directed jaws with mel gibson ?\n") -> bool:
-    """Tag through standard input; every line of it must come back, with its entities in place."""
+    """Tag standard input; each line must come back, with entities at the offsets they claim."""
     status, out = command("tag", folder, "--json", "--device", "cpu", stdin=text)
     found = [json.loads(line, parse_constant=_no_number) for line in out.split("\n")[:-1]]
     lines = text.split(b"\n")
@@ -154,7 +131,7 @@ def _no_number(name: str) -> None:
 
 
 def changed(name: str, change: Callable[[Random, bytes], bytes]) -> Callable[[Random, Path], bool]:
-    """A target: one file of the tagger is changed."""
+    """A target that mutates one file of the tagger."""
 
     def target(draw: Random, folder: Path) -> bool:
         path = folder / name
@@ -171,7 +148,7 @@ def json_file(draw: Random, data: bytes) -> bytes:
 
 
 def vocab(draw: Random, folder: Path) -> bool:
-    """vocab.txt with tokenizer_config.json, as there is no tokenizer.json."""
+    """vocab.txt and tokenizer_config.json, without tokenizer.json."""
     (folder / "tokenizer.json").unlink()
     path = folder / "vocab.txt"
     path.write_bytes(mutate.lines_(draw, path.read_bytes()))
@@ -197,7 +174,7 @@ def text(draw: Random, folder: Path) -> bool:
 
 @cache
 def good_checkpoint() -> dict[str, bytes]:
-    """The files of a whole checkpoint of training, by name."""
+    """The files of a valid training checkpoint by name."""
     import torch
 
     from minibert.training import resume
@@ -210,7 +187,7 @@ def good_checkpoint() -> dict[str, bytes]:
 
 
 def checkpoint_of_training(draw: Random, folder: Path) -> bool:
-    """One of its files is changed, and sometimes the manifest says that this is right."""
+    """Mutates one file, and usually updates the manifest to match."""
     from minibert.files import MinibertError
     from minibert.training import resume
 
@@ -244,7 +221,7 @@ TARGETS: dict[str, Callable[[Random, Path], bool]] = {
 
 
 def child(seed: int, first: int, count: int, report: int) -> None:
-    """Run inputs one after the other; say on the descriptor ``report`` how each ended."""
+    """Run inputs in sequence and write the outcome of each to the descriptor ``report``."""
     import torch
 
     torch.set_num_threads(1)
@@ -257,7 +234,7 @@ def child(seed: int, first: int, count: int, report: int) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         for number in range(first, first + count):
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # unhandled: the end of this process
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # kills this process
             signal.setitimer(signal.ITIMER_REAL, PATIENCE)
             try:
                 accepted = TARGETS[target_of(number)](Random(f"{seed} {number}"), folder)
@@ -268,7 +245,7 @@ def child(seed: int, first: int, count: int, report: int) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             found = {path.name: path for path in folder.iterdir()}
             if extra := found.keys() - kept.keys():
-                ended = f"failed\nit left {sorted(extra)} behind"
+                ended = f"failed\nit left {sorted(extra)}"
                 for name in extra:
                     found[name].unlink()
             os.write(report, json.dumps([number, ended]).encode() + b"\n")
@@ -278,12 +255,11 @@ def child(seed: int, first: int, count: int, report: int) -> None:
 
 
 def target_of(number: int) -> str:
-    """The targets take turns."""
     return list(TARGETS)[number % len(TARGETS)]
 
 
 def fuzz(seed: int, first: int, count: int) -> tuple[dict[str, Counter[str]], list[str]]:
-    """Run inputs in child processes: of each target how many ended how, and what failed."""
+    """Run inputs in child processes; returns the outcomes per target, and the failures."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in TARGETS}
     failures: list[str] = []
 
@@ -313,8 +289,8 @@ def fuzz(seed: int, first: int, count: int) -> tuple[dict[str, Counter[str]], li
             if running.wait() != 0:
                 said.seek(0)
                 words = said.read().decode(errors="replace")[-2000:]
-                alarms = f"{-signal.SIGPROF} and {-signal.SIGALRM} say that its time was up"
-                failed(first, f"ended the process with {running.returncode}; {alarms}\n{words}")
+                alarms = f"{-signal.SIGPROF} and {-signal.SIGALRM} mean a timeout"
+                failed(first, f"the process exited with {running.returncode}; {alarms}\n{words}")
                 counts[target_of(first)]["failed"] += 1
                 first += 1
     return counts, failures
@@ -322,8 +298,8 @@ def fuzz(seed: int, first: int, count: int) -> tuple[dict[str, Counter[str]], li
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=50_000, help="inputs over all targets")
-    parser.add_argument("--seed", type=int, help="default: another one each time")
+    parser.add_argument("--count", type=int, default=50_000, help="number of inputs")
+    parser.add_argument("--seed", type=int, help="default: random")
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

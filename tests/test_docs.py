@@ -1,4 +1,4 @@
-"""The documentation: its code prints what the pages say, its links hold, its site builds."""
+"""The documentation: its code prints what the pages show, its links resolve, its site builds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def test_the_code_on_a_page_prints_what_the_page_says(
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {"__name__": page.stem}
     found = list(blocks(page.read_text("utf-8")))
-    for block in sorted(found, key=lambda block: block.needs is not None):  # what may skip is last
+    # Blocks that may skip the test run last.
+    for block in sorted(found, key=lambda block: block.needs is not None):
         if block.needs is not None:
             request.getfixturevalue(block.needs)
         assert run(page, block, names) == block.output, (
-            f"{page.name}:{block.line}: if that is right, python -m tests.pages docs/{page.name}"
+            f"{page.name}:{block.line}: to accept: python -m tests.pages docs/{page.name}"
         )
 
 
@@ -45,7 +46,7 @@ def test_every_page_with_code_is_found() -> None:
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """Broken links between pages, and to headings that do not exist, are warnings of MyST."""
+    """MyST warns of broken links between pages and to headings."""
     sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     built = subprocess.run([*sphinx, DOCS, tmp_path], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -57,8 +58,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    """Files must exist; of addresses elsewhere only the form is looked at."""
+def test_links_resolve(page: Path) -> None:
+    """Linked files exist, and URLs are well-formed."""
     text = page.read_text("utf-8")
     for target in LINK.findall(text):
         address = urlsplit(target)
@@ -72,7 +73,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_files_that_a_page_names_are_there(page: Path) -> None:
+def test_files_named_on_a_page_exist(page: Path) -> None:
     named = re.findall(
         r"`((?:minibert|tests|benchmarks|notebooks)/[\w/.-]+)`", page.read_text("utf-8")
     )

@@ -1,4 +1,4 @@
-"""Bad input: two thousand mutated files and texts, and the ones that a mutation seldom makes."""
+"""Bad input: mutated files and texts, and cases that mutations rarely produce."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_two_thousand_mutated_inputs_end_well_or_in_one_line() -> None:
-    counts, failures = fuzz.fuzz(seed=0, first=0, count=2000)
+@pytest.mark.parametrize("count", [400, pytest.param(4000, marks=pytest.mark.slow)])
+def test_mutated_inputs_are_accepted_or_refused_in_one_line(count: int) -> None:
+    counts, failures = fuzz.fuzz(seed=1, first=0, count=count)
     assert not failures, "\n".join(failures)
-    assert sum(sum(ended.values()) for ended in counts.values()) == 2000
+    assert sum(sum(ended.values()) for ended in counts.values()) == count
     for target, ended in counts.items():
-        # Mutations that are all refused at the door, or all harmless, would show nothing.
+        # If all of its mutations were refused, or none was, a target would test nothing.
         assert min(ended["accepted"], ended["refused"]) >= 1, target
 
 
 def test_the_harness_sees_what_it_looks_for(monkeypatch, capfd) -> None:
-    """Each kind of bad end, played by a target of its own in a real child process."""
+    """A target that fails in each way that the harness must detect."""
     played = """
 import fuzz, json, sys
 def bad(draw, folder):
@@ -59,7 +60,7 @@ fuzz.child(*json.loads(sys.argv[1]))
     )
     ended = [json.loads(line)[1] for line in ran.stdout.splitlines()]
     assert [e.split("\n")[0] for e in ended] == ["failed", "failed", "failed", "accepted"]
-    for how, what in zip(ended, ("KeyError", "left ['.half'] behind", "MemoryError")):
+    for how, what in zip(ended, ("KeyError", "left ['.half']", "MemoryError")):
         assert what in how
     assert ran.returncode == -fuzz.signal.SIGPROF
 
@@ -73,7 +74,7 @@ def test_absurd_sizes_are_refused_by_name(name: str, value) -> None:
     with pytest.raises(MinibertError) as raised:
         config_json.parse({name: value}, "config.json")
     said = str(raised.value)
-    assert said.startswith(f"config.json: {name} must be a positive integer, at most ")
+    assert said.startswith(f"config.json: {name} must be an integer from 1 to ")
     assert f"got {value!r}" in said
     assert said.endswith(": use the config.json that belongs to the weights")
 
@@ -99,8 +100,8 @@ def test_absurd_rates_are_refused_by_name(name: str, value) -> None:
         ({"id2label": {"0": "O", "1": "O"}}, "labels must be distinct"),
         ({"id2label": {"0": "B-\ud800"}}, "id2label: .* is not Unicode"),
         ({"id2label": {"0": "O", "1" * 5000: "B-X"}}, "without a gap"),
-        ({"pad_token_id": 10**9}, "pad_token_id must be an id of the vocabulary, 0 to 28995"),
-        ({"pad_token_id": False}, "pad_token_id must be an id"),
+        ({"pad_token_id": 10**9}, "pad_token_id must be a vocabulary id, 0 to 28995"),
+        ({"pad_token_id": False}, "pad_token_id must be a vocabulary id"),
     ],
 )
 def test_absurd_labels_and_ids_are_refused(raw: dict, message: str) -> None:
@@ -133,9 +134,9 @@ def test_any_config_is_taken_or_refused_in_a_line(raw: dict) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": NaN}', "NaN is no number of JSON"),
-        ('{"a": -Infinity}', "-Infinity is no number"),
-        ('{"b": 1, "a": 1, "a": 2}', "the key 'a' is there 2 times"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
+        ('{"b": 1, "a": 1, "a": 2}', "the key 'a' occurs 2 times"),
         ('{"a": ' + "[" * 10**6 + "]" * 10**6 + "}", "recursion"),
         ('{"a": ' + "1" * 10**4 + "}", "4300 digits"),
         ("", "Expecting value"),
@@ -149,9 +150,12 @@ def test_json_that_says_nothing_or_two_things(text: str, message: str) -> None:
 def test_labels_that_no_tagger_can_use(folder: Path) -> None:
     tagger = Tagger.from_pretrained(folder)
     for change, message in (
-        ({"labels": ("O", "PER")}, "the label 'PER' is none of O, B-TYPE and I-TYPE"),
-        ({"labels": ("O", "B-")}, "the label 'B-' is none"),
-        ({"labels": tuple(f"B-{i}" for i in range(1001))}, "has 1001 labels, more than the 1000"),
+        ({"labels": ("O", "PER")}, "the label 'PER' is not O, B-TYPE or I-TYPE"),
+        ({"labels": ("O", "B-")}, "the label 'B-' is not O"),
+        (
+            {"labels": tuple(f"B-{i}" for i in range(1001))},
+            "1001 labels, but decoding handles at most 1000",
+        ),
         (
             {"labels": ("O",), "max_position_embeddings": 2},
             "max_position_embeddings is 2: a text needs three",
@@ -165,7 +169,7 @@ def test_labels_that_no_tagger_can_use(folder: Path) -> None:
 def test_weights_that_answer_nan_are_named(folder: Path) -> None:
     tagger = Tagger.from_pretrained(folder, dtype="fp32")
     tagger.model.head.classifier.weight.data[0, 0] = float("nan")
-    with pytest.raises(MinibertError, match=r"the model answers NaN: .*try --dtype fp32"):
+    with pytest.raises(MinibertError, match=r"scores are not finite: .*try --dtype fp32"):
         tagger("who directed jaws")
 
 
@@ -193,13 +197,13 @@ def tensor(start: int, stop: int, *shape: int, dtype: str = "F32") -> dict:
         ({"a": tensor(8, 0), "b": tensor(0, 16)}, "damaged"),
         ({"a": {**tensor(0, 16), "data_offsets": [-1, 16]}}, "damaged"),
         ({"a": {**tensor(0, 16), "dtype": "OBJECT"}}, "damaged"),
-        ({"../../etc/passwd": tensor(0, 16)}, r"'../../etc/passwd' is no name of a tensor"),
-        ({"/etc/passwd": tensor(0, 16)}, "is no name"),
-        ({"a\nb": tensor(0, 16)}, "is no name"),
-        ({"a" * 301: tensor(0, 16)}, "is no name"),
-        ('{"a": %s, "a": %s}' % ((json.dumps(tensor(0, 16)),) * 2), "'a' is there 2 times"),
+        ({"../../etc/passwd": tensor(0, 16)}, r"'../../etc/passwd' is not a tensor name"),
+        ({"/etc/passwd": tensor(0, 16)}, "is not a tensor name"),
+        ({"a\nb": tensor(0, 16)}, "is not a tensor name"),
+        ({"a" * 301: tensor(0, 16)}, "is not a tensor name"),
+        ('{"a": %s, "a": %s}' % ((json.dumps(tensor(0, 16)),) * 2), "'a' occurs 2 times"),
         ("[" * 10**5 + "]" * 10**5, "recursion"),
-        ("[]", "no JSON object"),
+        ("[]", "is not a JSON object"),
         ("{}" + " " * (10 << 20), "a header of 10485762 bytes, more than 10485760"),
         ({"a": tensor(0, 16)}, "no tensor of a BERT"),
         (
@@ -227,7 +231,7 @@ def test_a_header_longer_than_the_file_is_not_read(folder: Path, claim: int) -> 
 
 
 def test_a_config_larger_than_the_weights_takes_no_memory(folder: Path) -> None:
-    """What the file lacks is drawn; but a head, not a model of 40 GB."""
+    """A missing head is initialised, but not a model of 40 GB."""
     path = folder / "model.safetensors"
     raw = json.loads((folder / "config.json").read_text())
     raw |= {"vocab_size": 10**7, "hidden_size": 1000, "num_attention_heads": 10}
@@ -248,7 +252,7 @@ print(fuzz.peak_mib() - before)
 
 
 def test_a_tensor_that_is_not_used_takes_no_memory(folder: Path) -> None:
-    """Two GiB of a hole in the file, honestly declared."""
+    """An unused tensor of 2 GiB, in a sparse file."""
     path = folder / "model.safetensors"
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -340,5 +344,5 @@ def test_the_same_number_is_the_same_input() -> None:
     for number in range(500):
         made = [mutate.json_(fuzz.Random(str(number)), raw) for _ in range(2)]
         assert made[0] == made[1]
-    assert str(mutate.VALUES) == before, "an input must not depend on those before it"
+    assert str(mutate.VALUES) == before, "an input depends on earlier ones"
     assert raw == {"a": [1, {"b": 2}], "c": {}}

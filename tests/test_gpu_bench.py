@@ -12,7 +12,7 @@ import torch
 from benchmarks import gpu_bench, gpu_models, runs, timing
 from minibert import BertConfig, BertForTokenClassification
 from minibert.files import MinibertError
-from minibert.text.bio import Example
+from minibert.text.batches import Example
 
 
 def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

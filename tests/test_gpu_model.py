@@ -1,4 +1,4 @@
-"""The whole model by fused attention on a GPU, against transformers in float64."""
+"""The whole model with fused attention on a GPU, against transformers and float64."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from torch import Tensor, nn
+from builders import minilm_checkpoint, twin, write_bio
+from torch import Tensor
 
-from minibert.text import demo
+from minibert import BertConfig, BertForTokenClassification, Packed, Tagger
+from minibert.pretrained.weights import names_of
+from minibert.speed.cuda_graphs import Graphs, Recorder
+from minibert.text import batches, demo
+from minibert.text.bio import labels_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,34 +30,21 @@ LENGTHS = [12, 3, 70, 9, 128, 31]
 LABELS = 25
 
 
-def reference(dropout_p: float = 0.0) -> nn.Module:
+def build(attn: str, dropout_p: float = 0.0) -> BertForTokenClassification:
+    """Four layers of BERT-base on the GPU, with the same weights for every ``attn``."""
     torch.manual_seed(0)
-    config = transformers.BertConfig(
+    config = BertConfig(
         vocab_size=1000,
         num_hidden_layers=4,
-        num_labels=LABELS,
+        labels=tuple(f"L{i}" for i in range(LABELS)),
         hidden_dropout_prob=dropout_p,
         attention_probs_dropout_prob=dropout_p,
-        attn_implementation="sdpa",
     )
-    return transformers.BertForTokenClassification(config).cuda()
-
-
-def ours_like(theirs: nn.Module, attn: str) -> nn.Module:
-    from minibert.pretrained import BertForTokenClassification, config_json, weights
-
-    labels = tuple(f"L{i}" for i in range(LABELS))
-    config = config_json.parse({**theirs.config.to_dict(), "id2label": dict(enumerate(labels))})
-    model = BertForTokenClassification(config, attn).cuda()
-    state = theirs.state_dict()
-    model.load_state_dict({ours: state[name] for ours, name in weights.names_of(model).items()})
-    return model
+    return BertForTokenClassification(config, attn).cuda()
 
 
 def batch() -> tuple[dict[str, Tensor], dict[str, object], Tensor]:
-    """The same sentences padded for the reference and packed for ours; which padded are real."""
-    from minibert.model.layout import Packed
-
+    """The same sentences padded and packed, and the mask of tokens in the padded batch."""
     torch.manual_seed(1)
     ids = torch.randint(1000, (len(LENGTHS), max(LENGTHS))).cuda()
     ends = torch.tensor(LENGTHS).cuda()
@@ -70,10 +61,10 @@ def batch() -> tuple[dict[str, Tensor], dict[str, object], Tensor]:
 
 
 def test_error_is_within_that_of_transformers() -> None:
-    """Float16 by autocast: at most twice transformers' error, in gradients three times."""
-    theirs = reference().eval()
+    """In float16 autocast: at most twice transformers' error, three times in gradients."""
+    ours = build("fused").eval()
+    theirs = twin(ours)
     exact = copy.deepcopy(theirs).double()
-    ours = ours_like(theirs, "fused").eval()
     padded, packed, real = batch()
     scale = 1024.0
     results = []
@@ -90,23 +81,20 @@ def test_error_is_within_that_of_transformers() -> None:
     allowed = 2 * (reference_logits - want).abs().max() + 1e-5
     assert (logits - want).abs().max() <= allowed
 
-    from minibert.pretrained import weights
-
     exact_grads = {name: p.grad for name, p in exact.named_parameters()}
     their_grads = {name: p.grad for name, p in theirs.named_parameters()}
     our_grads = {name: p.grad for name, p in ours.named_parameters()}
-    for mine, name in weights.names_of(ours).items():
+    for mine, name in names_of(ours).items():
         exact_grad = exact_grads[name]
         allowed = 3 * (their_grads[name] - exact_grad).abs().max() + 1e-5 * scale
         assert (our_grads[mine] - exact_grad).abs().max() <= allowed, name
 
 
 def test_twenty_amp_steps_follow_the_eager_path() -> None:
-    """As far from eager float32 as eager float16 is, at most three times."""
-    theirs = reference()
+    """At most three times as far from eager float32 as eager float16 is."""
     runs = {}
     for attn, half in (("eager", False), ("eager", True), ("fused", True)):
-        model = ours_like(theirs, attn).train()
+        model = build(attn).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
         scaler = torch.amp.GradScaler(enabled=half)
         _, packed, _ = batch()
@@ -127,10 +115,10 @@ def test_twenty_amp_steps_follow_the_eager_path() -> None:
 
 
 def test_a_padded_batch_and_a_fully_masked_row() -> None:
-    """Finite everywhere; where there are tokens, at most twice transformers' own error."""
-    theirs = reference().eval()
+    """Finite everywhere, and at most twice transformers' error on tokens."""
+    ours = build("fused").eval()
+    theirs = twin(ours)
     exact = copy.deepcopy(theirs).double()
-    ours = ours_like(theirs, "fused").eval()
     padded, _, real = batch()
     padded.pop("labels")
     padded["attention_mask"][1] = 0
@@ -146,31 +134,28 @@ def test_a_padded_batch_and_a_fully_masked_row() -> None:
 
 
 def test_a_replayed_step_is_a_plain_one() -> None:
-    """Dropout on, two sizes by turns: the same masks, and gradients apart by float16's rounding.
+    """With dropout and alternating sizes: the same masks, and gradients equal to float16 rounding.
 
-    The products are cuBLAS's, which may take another algorithm while it is recorded.
+    They need not be bit-equal, because cuBLAS may choose another algorithm during capture.
     """
-    from minibert.speed.cuda_graphs import Graphs, Recorder
-    from minibert.text import bio
-    from minibert.text.bio import Example
-
-    model = ours_like(reference(dropout_p=0.1), "fused").train()
+    model = build("fused", dropout_p=0.1).train()
     device = torch.device("cuda")
     recorded = Graphs(model, torch.float16, Recorder(device))
     plain = Graphs(model, torch.float16, Recorder(device), most=0)
-    batches = []
+    inputs = []
     for lengths in ([12, 30, 9, 31, 40], [12, 30, 9, 31, 41], LENGTHS):
         ids = [tuple(torch.randint(1, 1000, (n,)).tolist()) for n in lengths]
         labels = [tuple(torch.randint(LABELS, (n,)).tolist()) for n in lengths]
         examples = [
-            Example(i, tuple(range(len(i))), k, 0, y) for k, (i, y) in enumerate(zip(ids, labels))
+            batches.Example(x, tuple(range(len(x))), i, 0, y)
+            for i, (x, y) in enumerate(zip(ids, labels))
         ]
-        batches.append(bio.packed(examples, device, filler=0))
+        inputs.append(batches.packed(examples, device, filler=0))
     for turn, index in enumerate([0, 2, 1, 0, 2]):
         found = []
         for graphs in (recorded, plain):
             torch.manual_seed(turn)
-            loss = graphs.backward(batches[index].inputs, 1024.0).clone()
+            loss = graphs.backward(inputs[index], 1024.0).clone()
             gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
             found.append((loss, gradient, torch.cuda.get_rng_state()))
             model.zero_grad()
@@ -181,17 +166,13 @@ def test_a_replayed_step_is_a_plain_one() -> None:
     assert len(recorded.recordings) == 2
 
 
-def test_pools_started_ahead_give_the_same(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten pools; each one's labels are chosen while the GPU is at the next."""
-    from minibert import BertForTokenClassification, Tagger, Tokenizer
-    from minibert.text import bio
-
+def test_pools_started_ahead_give_the_same(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten pools; each is decoded while the GPU computes the next."""
     sentences, _ = demo.generate()
-    labels = bio.labels_of(sentences)
-    model = BertForTokenClassification.from_pretrained(minilm, labels=labels, seed=0)
-    with torch.no_grad():
-        model.head.classifier.weight.mul_(20)
-    tagger = Tagger(model.half().cuda(), Tokenizer.from_pretrained(minilm))
+    minilm_checkpoint(minilm, tmp_path, labels_of(sentences), sharpness=20)
+    tagger = Tagger.from_pretrained(tmp_path, dtype="fp16", device="cuda")
     monkeypatch.setattr("minibert.tagging.stream.POOL", 100)
     texts = [" ".join(s.words) for s in sentences[:1000]]
     assert tagger.depth == 1
@@ -203,22 +184,20 @@ def test_pools_started_ahead_give_the_same(minilm: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("graphs", [(), ("--graphs",)])
 def test_train_py_in_half_precision(graphs: tuple, minilm: Path, tmp_path: Path) -> None:
-    """The command as a user types it: fused attention, a loss scaler, AdamW in one pass."""
+    """The command line trains with fused attention, a loss scaler and fused AdamW."""
     stdout, losses = trained(
         minilm, tmp_path, "--device", "cuda", "--dtype", "fp16", "--attn", "fused", *graphs
     )
-    assert "fp16 (as requested)" in stdout
-    assert "attention fused, AdamW in one pass" in stdout
+    assert "fp16 (asked for)" in stdout
+    assert "attention fused, AdamW with clipping and unscaling in one pass" in stdout
     assert torch.isfinite(losses).all()
     assert losses[-6:].mean() < 0.8 * losses[:6].mean()
 
 
 def trained(minilm: Path, tmp_path: Path, *arguments: str) -> tuple[str, Tensor]:
-    """What train.py prints, and the loss of each of its 24 steps."""
+    """The output of train.py, and the losses of its 24 steps."""
     sentences, _ = demo.generate()
-    corpus, output = tmp_path / "corpus.bio", tmp_path / "run"
-    blocks = ["".join(f"{t}\t{w}\n" for w, t in zip(s.words, s.tags)) for s in sentences[:96]]
-    corpus.write_text("\n".join(blocks))
+    corpus, output = write_bio(tmp_path / "corpus.bio", sentences[:96]), tmp_path / "run"
     command = [sys.executable, ROOT / "train.py", "--model", minilm, "--output", output]
     command += ["--train", corpus, "--test", corpus, "--epochs", "2", "--batch-size", "8"]
     ran = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)

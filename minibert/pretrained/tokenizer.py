@@ -1,4 +1,4 @@
-"""Words in, word-pieces out, by the checkpoint's own files; and windows for long texts."""
+"""Words in, word-pieces out, by the checkpoint's own files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from minibert.files import MinibertError, read_json, read_text, write_text
 
@@ -168,43 +168,3 @@ def _refusing(source: Path | str) -> Iterator[None]:
 def _encodable(word: str) -> str:
     """Replace lone surrogates, which the backend refuses."""
     return word.encode("utf-8", "replace").decode("utf-8")
-
-
-class Window(NamedTuple):
-    """A stretch of words that fits into the model, and the part of it that it answers for."""
-
-    start: int
-    stop: int
-    own_start: int
-    own_stop: int
-
-
-def windows(sizes: Sequence[int], limit: int, stride: int) -> list[Window]:
-    """Cut a sentence into overlapping windows; every word is owned by exactly one of them.
-
-    A word in the overlap belongs to the window in which it stands farther from the edge.
-
-    Args:
-        sizes: pieces of each word, at least 1; at least one word.
-        limit: pieces that fit into a window, [CLS] and [SEP] not counted. A single word of more
-            is a window of its own, to be cut off there.
-        stride: pieces that neighbouring windows share at most.
-    """
-    result: list[Window] = []
-    start = own_start = 0
-    while True:
-        stop, used = start, 0
-        while stop < len(sizes) and (used + sizes[stop] <= limit or stop == start):
-            used += sizes[stop]
-            stop += 1
-        if stop == len(sizes):
-            return [*result, Window(start, stop, own_start, stop)]
-        # The next window must also have room for the word at which this one ended.
-        next_start, shared = stop, 0
-        most = min(stride, limit - sizes[stop])
-        while next_start > start + 1 and shared + sizes[next_start - 1] <= most:
-            next_start -= 1
-            shared += sizes[next_start]
-        own_stop = (next_start + stop + 1) // 2
-        result.append(Window(start, stop, own_start, own_stop))
-        start, own_start = next_start, own_stop

@@ -22,7 +22,7 @@ from minibert.pretrained.tokenizer import Tokenizer
 from minibert.study.trace import trace
 from minibert.tagging.tagger import Tagger
 from minibert.tagging.words import Entity, Label, entities, split
-from minibert.text.bio import Example, examples_of, packed, padded
+from minibert.text.batches import Example, examples_of, packed, padded
 
 WIDEST = 12  # characters of a label in the terminal
 

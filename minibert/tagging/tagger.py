@@ -22,7 +22,7 @@ from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
 from minibert.tagging.stream import pools, read_ahead
 from minibert.tagging.words import Entity, Label, Words, entities, join, split
-from minibert.text.bio import Batch, Example, examples_of, packed, padded
+from minibert.text.batches import Batch, Example, examples_of, packed, padded
 
 MOST_LABELS = 1000  # decoding needs memory quadratic in their number
 

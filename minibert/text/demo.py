@@ -1,8 +1,8 @@
-"""A small corpus of movie queries, made up here, in the twelve entity types of MIT Movie.
+"""A small synthetic corpus of movie queries with the twelve entity types of MIT Movie.
 
-It exists so that the whole way from text to scores can be run without a download. Templates and
-word lists are ours, a seed decides which are joined. The test asks in other words than the
-training does, for names, titles and songs that training never shows.
+It runs the pipeline from text to scores without a download. A seeded generator fills templates from
+word lists. The test set uses other templates than the training set, and no name, title or song
+occurs in both.
 
     python -m minibert.text.demo DIR
 """
@@ -14,15 +14,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from minibert.files import write_text
-from minibert.text.bio import Sentence
+from minibert.text.bio import Sentence, write_bio
 
 SEED = 2026
 TRAIN_SIZE, TEST_SIZE = 1500, 300
 
 
 def _list(text: str, separator: str | None = None) -> list[str]:
-    """The entries of a word list, which may run over several lines."""
+    """The entries of a word list that may span several lines."""
     return [entry.strip() for entry in " ".join(text.split()).split(separator)]
 
 
@@ -88,7 +87,7 @@ WORDS = {
     ),
 }
 
-# A slot is written {TYPE}. The test asks in other words than the training does.
+# {TYPE} is a slot for an entity of that type.
 TRAIN_TEMPLATES = """
 show me {GENRE} movies from the {YEAR}
 show me a {GENRE} movie starring {ACTOR}
@@ -138,7 +137,7 @@ did the {REVIEW} like {TITLE} by {DIRECTOR}
 
 
 def generate(seed: int = SEED) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and test sentences; the same seed gives the same ones everywhere."""
+    """Training and test sentences: 1500 and 300, the same for a seed on every machine."""
     rng = random.Random(seed)
     train_names, test_names = _names(rng)
     return (
@@ -148,30 +147,21 @@ def generate(seed: int = SEED) -> tuple[list[Sentence], list[Sentence]]:
 
 
 def _names(rng: random.Random) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """People, titles and songs for training and for the test, with none in common."""
-    # Actors and directors share their names: only the words around them tell which is meant.
+    """The words of each type for training and for the test: two disjoint sets."""
+    # Actors and directors share names, so that only the context tells which is meant.
     people = [f"{first} {last}" for first in FIRST for last in LAST]
     titles = [f"the {b}" for b in TITLE_B]
     titles += [f"{the}{a} {b}" for the in ("", "the ") for a in TITLE_A for b in TITLE_B]
     songs = [f"{a} {b}" for a in SONG_A for b in SONG_B]
     characters = [f"{rank} {last}" for rank in RANK for last in LAST]
     train, test = {}, {}
-    for type_, names in (
-        ("ACTOR", people),
-        ("TITLE", titles),
-        ("SONG", songs),
-        ("CHARACTER", characters),
-    ):
-        train[type_], test[type_] = _cut(rng, names)
+    every = {"ACTOR": people, "TITLE": titles, "SONG": songs, "CHARACTER": characters}
+    for type_, names in every.items():
+        rng.shuffle(names)
+        border = len(names) * 4 // 5
+        train[type_], test[type_] = names[:border], names[border:]
     train["DIRECTOR"], test["DIRECTOR"] = train["ACTOR"], test["ACTOR"]
     return train, test
-
-
-def _cut(rng: random.Random, names: list[str]) -> tuple[list[str], list[str]]:
-    names = list(names)
-    rng.shuffle(names)
-    border = len(names) * 4 // 5
-    return names[:border], names[border:]
 
 
 def _sentences(
@@ -189,7 +179,7 @@ def _sentences(
 def _fill(
     rng: random.Random, template: str, words: dict[str, list[str]]
 ) -> Iterator[tuple[str, str]]:
-    """(word, tag) for every word of the template, its slots filled."""
+    """The words of a template, with random entities in its slots, and their tags."""
     for part in template.split():
         if not part.startswith("{"):
             yield part, "O"
@@ -200,12 +190,13 @@ def _fill(
 
 
 def write(directory: Path) -> None:
-    """Write ``train.bio`` and ``test.bio`` in the form of MIT Movie: tag, tab, word."""
+    """Write ``train.bio`` and ``test.bio``.
+
+    Raises:
+        MinibertError: a file cannot be written.
+    """
     for name, sentences in zip(("train.bio", "test.bio"), generate()):
-        blocks = (
-            "".join(f"{tag}\t{word}\n" for word, tag in zip(s.words, s.tags)) for s in sentences
-        )
-        write_text(directory / name, "\n".join(blocks))
+        write_bio(directory / name, sentences)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Scores of a sequence labelling, each under its full name.
+"""Token and entity scores of a sequence labelling.
 
-Token scores count words; entity scores count whole entities, right only if type and both ends are.
-"Token micro-F1 including O" equals accuracy and is the number the MIT Movie paper prints; entity F1
-is what nearly everybody else prints, and it is some six points lower on the same predictions.
+Token scores count words. Entity scores count entities; one is correct if its type and both ends
+are. The MIT Movie paper reports token micro-F1 including O, which equals accuracy. Most other work
+reports entity F1, about six points lower for the same predictions.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Tags = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Score:
-    """Precision, recall and F1 in [0, 1] (0 where nothing was there to count), and support."""
+    """Precision, recall and F1 in [0, 1], 0 where the denominator is 0, and support."""
 
     precision: float
     recall: float
     f1: float
-    support: int  # true entities or words of this kind
+    support: int  # true entities or words
 
     @classmethod
     def of(cls, right: int, predicted: int, true: int) -> Score:
-        """From counts."""
+        """From counts of correct, predicted and true ones."""
         precision = right / predicted if predicted else 0.0
         recall = right / true if true else 0.0
         f1 = 2 * precision * recall / (precision + recall) if right else 0.0
@@ -33,7 +33,7 @@ class Score:
 
 
 def lenient_entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """(type, start, stop) by the rule of conlleval: an I- that continues nothing begins one."""
+    """(type, start, stop) of each entity, as in conlleval: an orphan I- starts an entity."""
     start = None
     for i, tag in enumerate([*tags, "O"]):
         if start is not None and (tag[0] != "I" or tag[2:] != tags[start][2:]):
@@ -44,7 +44,7 @@ def lenient_entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def strict_entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """(type, start, stop) by IOB2: only B- begins an entity, an orphan I- is nothing."""
+    """(type, start, stop) of each entity in IOB2: only B- starts one; an orphan I- is ignored."""
     for type_, start, stop in lenient_entities(tags):
         if tags[start][0] == "B":
             yield type_, start, stop
@@ -52,7 +52,7 @@ def strict_entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class EntityScores:
-    """Micro-averaged score over entities, and the score of each type in alphabetical order."""
+    """Micro-average over all entities, and the score of each type in alphabetical order."""
 
     micro: Score
     by_type: dict[str, Score]
@@ -62,18 +62,15 @@ def entity_scores(true: Tags, predicted: Tags, strict: bool = False) -> EntitySc
     """Entity precision, recall and F1.
 
     Args:
-        true, predicted: sentences of tags "O", "B-TYPE" or "I-TYPE", in the same order.
-        strict: IOB2 as seqeval's ``mode="strict", scheme=IOB2``; else seqeval's default, which is
-            conlleval's.
+        true, predicted: tags "O", "B-TYPE" or "I-TYPE" of the same sentences.
+        strict: seqeval's ``mode="strict", scheme=IOB2``; else its default, which is conlleval's.
 
     Raises:
-        ValueError: the two differ in their number of sentences or words.
+        ValueError: the two differ in number of sentences or words.
     """
     _check_aligned(true, predicted)
     entities = strict_entities if strict else lenient_entities
-    right: Counter[str] = Counter()
-    found: Counter[str] = Counter()
-    there: Counter[str] = Counter()
+    right, found, there = Counter[str](), Counter[str](), Counter[str]()
     for true_tags, predicted_tags in zip(true, predicted):
         true_set, predicted_set = set(entities(true_tags)), set(entities(predicted_tags))
         there.update(entity[0] for entity in true_set)
@@ -88,20 +85,20 @@ def entity_scores(true: Tags, predicted: Tags, strict: bool = False) -> EntitySc
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores over words. ``confusion[true][predicted]`` counts them."""
+    """Scores over words; ``confusion[true][predicted]`` is a count of words."""
 
     micro_with_o: float  # equals accuracy
     micro_without_o: Score
-    macro_f1: float  # unweighted mean over the labels that occur in either
+    macro_f1: float  # unweighted mean over the labels in either
     by_label: dict[str, Score]
     confusion: dict[str, dict[str, int]]
 
 
 def token_scores(true: Tags, predicted: Tags) -> TokenScores:
-    """Word-by-word scores, the same as scikit-learn's.
+    """Token scores, equal to scikit-learn's.
 
     Raises:
-        ValueError: the two differ in their number of sentences or words, or there are no words.
+        ValueError: the two differ in number of sentences or words, or there are no words.
     """
     _check_aligned(true, predicted)
     pairs = Counter(
@@ -110,8 +107,7 @@ def token_scores(true: Tags, predicted: Tags) -> TokenScores:
     total = pairs.total()
     if not total:
         raise ValueError("no words to score")
-    there: Counter[str] = Counter()
-    found: Counter[str] = Counter()
+    there, found = Counter[str](), Counter[str]()
     for (true_tag, tag), count in pairs.items():
         there[true_tag] += count
         found[tag] += count

@@ -13,7 +13,8 @@ from minibert.files import MinibertError
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.text import demo
-from minibert.text.bio import Example, Sentence, examples_of, label_ids, read_bio
+from minibert.text.batches import Example, examples_of
+from minibert.text.bio import Sentence, label_ids, read_bio
 
 
 @dataclass(frozen=True)

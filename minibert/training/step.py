@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minibert.processes import Team
 from minibert.speed.cuda_graphs import Graphs, Recorder, require
-from minibert.text.bio import Batch, Example, packed, padded
+from minibert.text.batches import Batch, Example, packed, padded
 from minibert.training.recipe import Recipe
 from minibert.training.resume import Training
 

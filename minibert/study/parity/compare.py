@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from minibert.files import MinibertError
 from minibert.machine import DTYPES, choose_device
 from minibert.model.heads import BertForMaskedLM, BertForTokenClassification, BertWithHead
+from minibert.model.labels import IGNORE
 from minibert.model.layout import Packed
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
@@ -31,7 +32,6 @@ from minibert.pretrained.weights import names_of
 from minibert.study.parity import reference
 from minibert.study.parity.judge import Comparison, Values, judge, same_bits
 from minibert.study.trace import MAPS, names, trace
-from minibert.text.bio import IGNORE
 from minibert.training.adamw import AdamW, Group
 
 ON_CPU = ("eager", "sdpa")  # fused runs on CUDA only
