@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from test_kernels_adamw import check_trajectory
 from test_kernels_attention import EDGES, check, run
 from test_kernels_norm import check as check_norm
 from torch import Tensor
@@ -158,19 +159,7 @@ def test_the_ladder_runs_what_it_chooses(packed: tuple[Tensor, Tensor]) -> None:
     assert cuda.attend_packed(*qkv.unbind(1), starts, 68).shape == (80, 2, 64)
 
 
-def test_one_pass_adamw_is_adamw() -> None:
-    shapes = [(70, 64), (4097,), (3,), ()]
-    ours = [torch.randn(shape, device="cuda") for shape in shapes]
-    theirs = [x.clone().requires_grad_() for x in ours]
-    moments = [[torch.zeros_like(x) for x in ours] for _ in range(2)]
-    sweep = adamw.Sweep(ours, *moments, [1.0] * 4, [0.01] * 4, "torch", (0.9, 0.999), 1e-8)
-    reference = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.01)
-    for _ in range(5):
-        gradients = [torch.randn(shape, device="cuda") for shape in shapes]
-        for parameter, gradient in zip(theirs, gradients):
-            parameter.grad = gradient.clone()
-        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
-        reference.step()
-        sweep.step([8 * g for g in gradients], 1e-2, 1.0, torch.tensor(8.0, device="cuda"))
-    for x, y in zip(ours, theirs):
-        torch.testing.assert_close(x, y.detach(), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("semantics", adamw.SEMANTICS)
+@pytest.mark.parametrize(("max_norm", "scale"), [(1.0, 1024.0), (None, None)])
+def test_one_pass_adamw(semantics: str, max_norm: float | None, scale: float | None) -> None:
+    check_trajectory(semantics, max_norm, scale, "cuda")

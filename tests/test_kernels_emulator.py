@@ -300,7 +300,7 @@ def check_norm(_: Fault) -> None:
 
 
 def check_adamw(_: Fault) -> None:
-    check_trajectory("torch", 1.0)
+    check_trajectory("torch", 1.0, 1024.0)
 
 
 FAULTS = [
