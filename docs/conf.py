@@ -1,15 +1,15 @@
-"""How Sphinx builds these pages: `make docs`."""
+"""Sphinx configuration; build the site with `make docs`."""
 
 project = "minibert"
 author = "the minibert authors"
 html_title = "minibert"
 extensions = ["myst_parser"]
 
-# MyST reads the pages as they are on a code-hosting site, and checks their links and anchors.
+# MyST generates heading anchors like a code-hosting site and checks every link.
 myst_heading_anchors = 3
-highlight_language = "text"  # of fences without a language: formulas, diagrams, shell commands
+highlight_language = "text"  # for fences without a language: formulas, diagrams, shell commands
 
-html_theme = "furo"  # brings its styles and scripts along; the site reads without a network
+html_theme = "furo"  # bundles its styles and scripts, so the site works offline
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_copy_source = False

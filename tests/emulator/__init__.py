@@ -108,7 +108,7 @@ class Emulator:
             self._watch_adamw(**work.parameters)
 
     def _watch_adamw(self, tensors: Tensor, sizes: Tensor, scalars: Tensor, **_: Any) -> None:
-        """The tensors behind the table of addresses."""
+        """The tensors that the table of addresses points to."""
         names = ("parameter", "gradient", "first", "second")
         for i, (addresses, size) in enumerate(zip(tensors.tolist(), sizes.tolist())):
             updated = addresses[1] and scalars[3]
