@@ -48,8 +48,9 @@ gpu-test: $(SETUP) weights/minilm/model.safetensors
 gpu-bench: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m benchmarks.gpu_bench
 
-# Speed and memory on this CPU beside transformers, onnxruntime and OpenVINO, and README.md's table
-# from it: ten to twenty minutes on two cores. BENCH="--model-dir DIR" also judges a trained model.
+# Speed and memory on this CPU beside transformers, onnxruntime and OpenVINO; regenerates the tables
+# of README.md and docs/speed.md. Ten to twenty minutes on two cores. BENCH="--model-dir DIR" also
+# evaluates a trained model.
 BENCH ?=
 bench: $(SETUP) weights/minilm/model.safetensors
 ifneq ($(SETUP),)
@@ -75,7 +76,8 @@ docs: $(SETUP)
 train: $(SETUP)
 	$(PYTHON) train.py --model bert-base-cased --corpus mit_movie --recipe paper --output runs/paper --resume
 
-# MIT Movie with MiniLM over five seeds, and the table in README.md from it (about 40 minutes).
+# MiniLM on MIT Movie, trained by minibert and by transformers with five seeds each; regenerates
+# README.md's table. Ten minutes per seed for minibert on two cores, more for transformers.
 scores: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m benchmarks.scores
 

@@ -1,43 +1,38 @@
-"""Tokens a second against the sentences' length and the batch's size, by the fastest formats."""
+"""Tokens per second by sentence length and by batch size, in the default format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
-from torch import nn
 
-from benchmarks import stage
-from benchmarks.stage import Place, Plan, Run
+from benchmarks import workload
+from benchmarks.workload import Workload
 
-INFERENCE, TURNS, WARM_UP = True, 2, 1
-SIDES = ("minibert", "transformers")
-LENGTH = 16  # of the sentences of the curve over batch sizes
+LENGTH = 16  # of the sentences in the curve over batch sizes
 
 
-def subjects(plan: Plan) -> Sequence[str]:
-    shapes = [f"length {n}" for n in plan.lengths] + [f"batch {n}" for n in plan.batch_sizes]
-    return [f"{side}, {shape}" for shape in shapes for side in SIDES]
+@torch.inference_mode()
+def test_curves(race: Callable, work: Workload) -> None:
+    shapes = [f"length {n}" for n in work.plan.lengths]
+    shapes += [f"batch {n}" for n in work.plan.batch_sizes]
+    models = {
+        "minibert": work.tagger(workload.OURS).model,
+        "transformers": work.theirs(workload.NATIVE),
+    }
 
+    def build(name: str) -> Callable[[], dict]:
+        side, shape = name.split(", ")
+        kind, size = shape.split()[0], int(shape.split()[1])
+        rows, length = size, LENGTH
+        if kind == "length":
+            rows, length = max(1, work.plan.tokens // size), size
+        ids = torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
 
-def test_curves(found: dict) -> None:
-    assert found["tokens"] > 0
+        def run() -> dict:
+            models[side](ids)
+            return {"tokens": ids.numel()}
 
+        return run
 
-def build(subject: str, place: Place) -> Run:
-    side, shape = subject.split(", ")
-    kind, number = shape.split()
-    size = int(number)
-    rows, length = (max(1, place.plan.tokens // size), size) if kind == "length" else (size, LENGTH)
-    name = place.plan_name
-    if side == "minibert":
-        model: nn.Module = stage.answering(name, stage.OURS)
-    else:
-        model = stage.in_dtype(stage.theirs, name, stage.NATIVE)
-    ids = torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
-
-    def run() -> dict:
-        model(ids)
-        return {"tokens": ids.numel(), "curve": kind, "x": size, "side": side}
-
-    return run
+    race([f"{side}, {shape}" for shape in shapes for side in models], build, turns=2)

@@ -1,21 +1,18 @@
-"""Inference on the test set: real tokens a second (padding not counted)."""
+"""Inference on the test set, in real tokens per second (padding not counted)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from benchmarks import peers, stage
+from benchmarks import peers, workload
 from benchmarks.peers import Predict
-from benchmarks.stage import Place, Plan, Run
-from minibert.tagging.tagger import Tagger
-from minibert.text.batches import Batch, Example
-from minibert.text.batches import packed as pack
-from minibert.text.batches import padded as pad
+from benchmarks.workload import LeftOutError, Workload
+from minibert.text.batches import Batch, packed, padded
 
-INFERENCE, TURNS, WARM_UP = True, 5, 1
-SUBJECTS = (
+NAMES = (
     "ceiling fp32",
     "ceiling bf16",
     "ceiling fp16w",
@@ -28,7 +25,7 @@ SUBJECTS = (
     "transformers sdpa fp32, sorted by length",
     "transformers sdpa bf16, padded to longest",
     "transformers sdpa bf16, sorted by length",
-    f"transformers compiled {stage.NATIVE}, sorted by length",
+    f"transformers compiled {workload.NATIVE}, sorted by length",
     "onnxruntime fp32, padded to longest",
     "onnxruntime fp32, sorted by length",
     "onnxruntime int8, padded to longest",
@@ -38,86 +35,80 @@ SUBJECTS = (
     "OpenVINO bf16, padded to longest",
     "OpenVINO bf16, sorted by length",
 )
-# How far the logits may lie from ours in fp32, as a share of the largest; int8 is another model.
+# Largest error of the logits against minibert's in fp32, relative to the largest logit. int8
+# changes the model, so its bound only catches wrong inputs.
 NEAR = {"fp32": 1e-4, "fp16w": 1e-2, "bf16": 0.1, "int8": 1.0}
 
 
-def subjects(plan: Plan) -> Sequence[str]:
-    return SUBJECTS
+@torch.inference_mode()
+def test_inference(race: Callable, work: Workload) -> None:
+    names = filter(workload.runs_here, NAMES)
+    race(names, lambda name: build(name, work), work.plan.turns)
 
 
-def test_inference(found: dict) -> None:
-    assert found["tokens"] > 0
-
-
-def build(subject: str, place: Place) -> Run:
-    plan, name = place.plan, place.plan_name
-    kind, _, layout = subject.partition(", ")
+def build(name: str, work: Workload) -> Callable[[], dict]:
+    kind, _, layout = name.partition(", ")
     dtype = kind.split()[-1]
-    examples = stage.test_examples(name)
-    tokens = stage.tokens_of(examples)
+    examples = work.test_examples
     if kind.startswith("ceiling"):
-        run = stage.prepacked_products(name, dtype, plan.tokens)
-        return lambda: run() or {"tokens": plan.tokens}
+        products = workload.prepacked_products(work.tagger(dtype).model, work.plan.tokens)
+        return lambda: products() or {"tokens": work.plan.tokens}
     if kind.startswith("minibert"):
-        # As the Tagger does it: prepacked, sorted by length over the whole pool, 2048 tokens to a
-        # batch.
-        model = stage.answering(name, dtype)
-        batches = list(Tagger(model, stage.tokenizer())._batches(examples))
-        assert _apart(model(**batches[0].inputs).logits, batches[0], name) <= NEAR[dtype]
+        tagger = work.tagger(dtype)
+        packed = work.packed(tagger)
+        check(tagger.model(**packed[0].inputs).logits, packed[0], work, NEAR[dtype])
 
-        def packed() -> dict:
-            for batch in batches:
-                model(**batch.inputs)
-            return {"tokens": tokens}
+        def ours() -> dict:
+            for batch in packed:
+                tagger.model(**batch.inputs)
+            return {"tokens": workload.tokens_of(examples)}
 
-        return packed
-    model = stage.in_dtype(stage.theirs, name, "fp32" if dtype == "int8" else dtype)
+        return ours
     if layout == "padded to 128":
-        examples = examples[: max(stage.BATCH, len(examples) // 8)]  # a tenth as fast
-        tokens = stage.tokens_of(examples)
+        examples = examples[: max(workload.BATCH, len(examples) // 8)]  # a tenth as fast
     if layout == "sorted by length":
-        examples = stage.by_length(examples)
-    predict = predictor(kind, model if "OpenVINO" not in kind else stage.theirs(name), place)
-    batches = stage.padded(examples, 128 if layout == "padded to 128" else None)
-    first = pad(examples[: stage.BATCH], 0, batches[0].input_ids.shape[1])
-    apart = _apart(predict(batches[0]).flatten(0, 1), first, name)
-    assert apart <= NEAR[dtype], f"{subject}: the logits are {apart} apart"
+        examples = workload.by_length(examples)
+    predict = predictor(kind, work)
+    batches = work.padded(examples, 128 if layout == "padded to 128" else None)
+    first = padded(examples[: workload.BATCH], 0, batches[0]["input_ids"].shape[1])
+    apart = check(predict(batches[0]).flatten(0, 1), first, work, NEAR[dtype])
 
-    def padded() -> dict:
+    def theirs() -> dict:
         for batch in batches:
             predict(batch)
-        return {"tokens": tokens, "apart": apart}
+        return {"tokens": workload.tokens_of(examples), "apart": apart}
 
-    return padded
-
-
-def predictor(kind: str, model: nn.Module, place: Place) -> Predict:
-    if kind.startswith("transformers compiled"):
-        if not place.plan.long:
-            raise peers.MissingError("compiling takes a minute: it is part of make bench-full")
-        return peers.compiled(model)
-    if kind.startswith("transformers eager"):
-        return peers.eager(model)
-    if kind.startswith("onnxruntime"):
-        return peers.onnxruntime_model(model, place.folder, kind.endswith("int8"))
-    if kind.startswith("OpenVINO"):
-        return peers.openvino_model(model, place.folder, "bf16" if "bf16" in kind else "f32")
-    return peers.torch_model(model)
+    return theirs
 
 
-def _apart(logits_NL: Tensor, batch: Batch, plan_name: str) -> float:
-    """Largest difference from our float32 logits at the words' first pieces, relatively."""
-    examples: tuple[Example, ...] = batch.examples
-    mine = pack(examples)
-    assert [e.ids for e in mine.examples] == [e.ids for e in stage.by_length(examples)]
-    exact_NL = stage.ours(plan_name)(**mine.inputs).logits
-    exact = {id(e): part for e, part in zip(mine.examples, _words(exact_NL, mine))}
-    found = zip(examples, _words(logits_NL.float(), batch))
+def predictor(kind: str, work: Workload) -> Predict:
+    """A peer by name, such as "transformers sdpa bf16" or "onnxruntime int8"."""
+    library, dtype = kind.split()[0], kind.split()[-1]
+    if library == "onnxruntime":
+        return peers.onnxruntime_model(work.theirs(), work.folder, dtype == "int8")
+    if library == "OpenVINO":
+        precision = "bf16" if dtype == "bf16" else "f32"
+        return peers.openvino_model(work.theirs(), work.folder, precision)
+    if "eager" in kind:
+        return peers.eager(work.theirs(dtype))
+    if "compiled" in kind:
+        if not work.plan.compiles:
+            raise LeftOutError("compiling takes minutes: run make bench-full")
+        return peers.torch_model(torch.compile(work.theirs(dtype), dynamic=True))
+    return peers.torch_model(work.theirs(dtype))
+
+
+def check(logits_NL: Tensor, batch: Batch, work: Workload, bound: float) -> float:
+    """Relative error against minibert's fp32 logits at the first piece of every word."""
+    mine = packed(batch.examples)
+    exact_NL = work.ours(**mine.inputs).logits
+    exact = {id(e): part for e, part in zip(mine.examples, _by_example(exact_NL, mine))}
+    found = zip(batch.examples, _by_example(logits_NL.float(), batch))
     apart = max(float((part - exact[id(e)]).abs().max()) for e, part in found)
-    return apart / float(exact_NL.abs().max())
+    apart /= float(exact_NL.abs().max())
+    assert apart <= bound, f"the logits differ by {apart}"
+    return apart
 
 
-def _words(logits_NL: Tensor, batch: Batch) -> list[Tensor]:
-    counts = [len(example.firsts) for example in batch.examples]
-    return list(logits_NL[batch.first_W].split(counts))
+def _by_example(logits_NL: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    return logits_NL[batch.first_W].split([len(example.firsts) for example in batch.examples])

@@ -1,59 +1,55 @@
-"""One sentence of 12 pieces, by itself."""
+"""Latency of one sentence of 12 word-pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
-from benchmarks import bench_inference, stage
-from benchmarks.stage import Padded, Place, Plan, Run
+from benchmarks import bench_inference, workload
+from benchmarks.workload import Workload
 
-INFERENCE, TURNS, WARM_UP = True, 5, 3
 PIECES, REPEATS = 12, 8
+NAMES = (
+    "ceiling fp32",
+    "ceiling bf16",
+    "ceiling fp16w",
+    "minibert fp32",
+    "minibert bf16",
+    "minibert fp16w",
+    "transformers sdpa fp32",
+    "transformers sdpa bf16",
+    "onnxruntime fp32",
+    "onnxruntime int8",
+    "OpenVINO fp32",
+    "OpenVINO bf16",
+)
 
 
-def subjects(plan: Plan) -> Sequence[str]:
-    return (
-        "ceiling fp32",
-        "ceiling bf16",
-        "ceiling fp16w",
-        "minibert fp32",
-        "minibert bf16",
-        "minibert fp16w",
-        "transformers sdpa fp32",
-        "transformers sdpa bf16",
-        "onnxruntime fp32",
-        "onnxruntime int8",
-        "OpenVINO fp32",
-        "OpenVINO bf16",
-    )
+@torch.inference_mode()
+def test_latency(race: Callable, work: Workload) -> None:
+    names = filter(workload.runs_here, NAMES)
+    race(names, lambda name: build(name, work), work.plan.turns, warm_up=3)
 
 
-def test_latency(found: dict) -> None:
-    assert found["repeats"] == REPEATS
-
-
-def build(subject: str, place: Place) -> Run:
-    name = place.plan_name
-    kind, dtype = subject.split()[0], subject.split()[-1]
+def build(name: str, work: Workload) -> Callable[[], dict]:
+    kind, dtype = name.split()[0], name.split()[-1]
     ids = torch.randint(5, 1000, (1, PIECES), generator=torch.Generator().manual_seed(0))
-    batch = Padded(ids, torch.ones_like(ids))
-    if kind == "ceiling":  # the products of as many pieces at once: the weights are read once
-        products = stage.prepacked_products(name, dtype, REPEATS * PIECES)
-        return lambda: products() or {"repeats": REPEATS, "tokens": REPEATS * PIECES}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = {"repeats": REPEATS, "tokens": REPEATS * PIECES}
+    if kind == "ceiling":  # all pieces in one product: the weights are read once
+        products = workload.prepacked_products(work.tagger(dtype).model, REPEATS * PIECES)
+        return lambda: products() or found
     if kind == "minibert":
-        model = stage.answering(name, dtype)
-        once = lambda: model(*batch)  # noqa: E731
+        model = work.tagger(dtype).model
+        once = lambda: model(**inputs)  # noqa: E731
     else:
-        bf16 = dtype == "bf16" and kind != "OpenVINO"
-        model = stage.in_dtype(stage.theirs, name, "bf16" if bf16 else "fp32")
-        predict = bench_inference.predictor(subject, model, place)
-        once = lambda: predict(batch)  # noqa: E731
+        predict = bench_inference.predictor(name, work)
+        once = lambda: predict(inputs)  # noqa: E731
 
     def run() -> dict:
         for _ in range(REPEATS):
             once()
-        return {"repeats": REPEATS, "tokens": REPEATS * PIECES}
+        return found
 
     return run

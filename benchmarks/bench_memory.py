@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import cycle, islice
+from pathlib import Path
 
-from benchmarks import peers, stage
+from benchmarks import workload
 from benchmarks.child import run_child
-from benchmarks.stage import Place, Plan, Run
-
-INFERENCE, TURNS, WARM_UP = False, 1, 0
+from benchmarks.workload import Workload
 
 
-def subjects(plan: Plan) -> Sequence[str]:
-    return (
-        "minibert, tag",
-        "transformers, tag",
-        "minibert, train",
-        "transformers, train",
-        *(f"minibert tag MiniLM, {count} sentences" for count in plan.corpora),
-    )
+def test_memory(race: Callable, work: Workload) -> None:
+    sides = ["minibert, tag", "transformers, tag", "minibert, train", "transformers, train"]
+    growing = [f"minibert tag MiniLM, {count} sentences" for count in work.plan.corpora]
+    race([*sides, *growing], lambda name: build(name, work), turns=1, warm_up=0)
 
 
-def test_memory(found: dict) -> None:
-    assert found["peak_mb"] > 0
-
-
-def build(subject: str, place: Place) -> Run:
-    name = place.plan_name
-    peers.need("transformers")
-    side, what = subject.split(", ")
-    child = [sys.executable, "-m", "benchmarks.child", side]
+def build(name: str, work: Workload) -> Callable[[], dict]:
+    side, what = name.split(", ")
+    if side == "transformers":
+        workload.need(side)
+    python = [sys.executable, "-m"]
     if what == "train":
-        return lambda: {"peak_mb": run_child([*child, "train", name])}
-    count = place.plan.sentences if what == "tag" else int(what.split()[0])
-    texts = [" ".join(sentence.words) for sentence in stage.corpus(name)[1]]
-    file = place.folder / f"{count}.txt"
-    file.write_text("".join(f"{text}\n" for text in islice(cycle(texts), count)))
+        command = [*python, "benchmarks.child", "train", side, work.plan_name]
+        return lambda: {"peak_mb": run_child(command)}
+    count = work.plan.sentences if what == "tag" else int(what.split()[0])
+    file = sentences(count, work)
+    directory = work.minilm
     if what == "tag":
-        directory = place.folder / "base"
+        directory = work.folder / "base"
         if not directory.exists():
-            stage.save_model(stage.ours(name), directory)
-        return lambda: {"peak_mb": run_child([*child, "tag", directory, file])}
-    directory = stage.minilm_directory(place.model_dir, place.folder / "minilm")
-    command = [sys.executable, "-m", "minibert.cli", "tag", directory]
-    return lambda: {"peak_mb": run_child(command, file), "sentences": count}
+            work.save(work.ours, directory)
+    if side == "transformers":
+        command = [*python, "benchmarks.child", "tag", directory, file]
+        return lambda: {"peak_mb": run_child(command)}
+    command = [*python, "minibert.cli", "tag", directory]
+    found = {} if what == "tag" else {"sentences": count}
+    return lambda: found | {"peak_mb": run_child(command, file)}
+
+
+def sentences(count: int, work: Workload) -> Path:
+    """A file of ``count`` sentences, one a line: the test set, repeated."""
+    texts = (" ".join(sentence.words) for sentence in work.corpus[1])
+    file = work.folder / f"{count}.txt"
+    file.write_text("".join(f"{text}\n" for text in islice(cycle(texts), count)))
+    return file

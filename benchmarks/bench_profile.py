@@ -1,21 +1,19 @@
-"""Where the time goes: torch's profiler over one pass of ours and of transformers'."""
+"""Where the time goes: torch's profiler over one pass of minibert and of transformers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import bench_latency, bench_training, stage
-from benchmarks.stage import Place, Plan, Run
+from benchmarks import bench_latency, bench_training, workload
+from benchmarks.workload import Workload
 from minibert.speed.memory import keep_freed_memory
-from minibert.tagging.tagger import Tagger
 
-INFERENCE, TURNS, WARM_UP = False, 1, 1
-ROOM = 2**30 - 2**20  # bytes; of blocks below 1 GB keep_freed_memory lets nothing go
-# The first that is part of the operation's name.
+HELD = 2**30 - 2**20  # bytes; keep_freed_memory keeps blocks below 1 GB
+# An operation belongs to the first kind that has a part of its name.
 KINDS = {
     "products": ("mm", "linear", "mkldnn"),
     "AdamW": ("adamw", "lerp_", "addcmul_", "addcdiv_", "sqrt"),
@@ -29,48 +27,46 @@ KINDS = {
 }
 
 
-def subjects(plan: Plan) -> Sequence[str]:
-    return (
-        "minibert, inference",
-        "minibert, one sentence",
-        "minibert, training",
-        "transformers, training",
-    )
+def test_profile(race: Callable, work: Workload) -> None:
+    passes = {
+        "minibert, inference": inference,
+        "minibert, one sentence": one_sentence,
+        "minibert, training": lambda work: bench_training.build(bench_training.OURS, work),
+        "transformers, training": lambda work: bench_training.build(
+            bench_training.THEIRS_FUSED, work
+        ),
+    }
+
+    def build(name: str) -> Callable[[], dict]:
+        once = passes[name](work)
+        return lambda: {"shares": shares(once)}
+
+    rows = race(passes, build, turns=1)
+    assert all(sum(row["shares"].values()) > 0.99 for row in rows.values())
 
 
-def test_profile(found: dict) -> None:
-    assert sum(found["shares"].values()) > 0.99
+def inference(work: Workload) -> Callable[[], object]:
+    tagger = work.tagger(workload.OURS)
+    batches = work.packed(tagger)
+    return torch.inference_mode()(lambda: [tagger.model(**batch.inputs) for batch in batches])
 
 
-def build(subject: str, place: Place) -> Run:
-    side, what = subject.split(", ")
-    if what == "training":
-        names = bench_training.subjects(place.plan)
-        name = next(n for n in names if n.startswith(side) and (side == "minibert" or "fused" in n))
-        once = bench_training.build(name, place)
-    elif what == "one sentence":
-        latency = bench_latency.build(f"minibert {stage.OURS}", place)
-        with torch.inference_mode():
-            latency()
-        once = torch.inference_mode()(latency)
-    else:
-        model = stage.answering(place.plan_name, stage.OURS)
-        examples = stage.test_examples(place.plan_name)
-        batches = list(Tagger(model, stage.tokenizer())._batches(examples))
-        once = lambda: [model(**batch.inputs) for batch in batches]  # noqa: E731
+def one_sentence(work: Workload) -> Callable[[], object]:
+    once = bench_latency.build(f"minibert {workload.OURS}", work)
+    return torch.inference_mode()(once)
 
-    def run() -> dict:
-        # The profiler's notes are written into freed memory, and what no longer fits there would be
-        # fetched from the system, page by page, and be taken for the time of whoever fills it.
-        keep_freed_memory()
-        torch.zeros(ROOM, dtype=torch.uint8)
-        with profile(activities=[ProfilerActivity.CPU]) as watched:
-            once()
-        spent: Counter[str] = Counter()
-        for event in watched.key_averages():
-            kinds = (k for k, parts in KINDS.items() if any(p in event.key for p in parts))
-            spent[next(kinds, "the rest")] += event.self_cpu_time_total
-        total = sum(spent.values())
-        return {"shares": {kind: time / total for kind, time in spent.most_common()}}
 
-    return run
+def shares(once: Callable[[], object]) -> dict[str, float]:
+    """The share of each kind of operation in the time of one pass."""
+    # The profiler writes its events into freed memory. Without enough of it, page faults of the
+    # profiler would count as time of the operation that is running.
+    keep_freed_memory()
+    torch.zeros(HELD, dtype=torch.uint8)
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        once()
+    spent: Counter[str] = Counter()
+    for event in watched.key_averages():
+        kinds = (kind for kind, parts in KINDS.items() if any(p in event.key for p in parts))
+        spent[next(kinds, "the rest")] += event.self_cpu_time_total
+    total = sum(spent.values())
+    return {kind: time / total for kind, time in spent.most_common()}

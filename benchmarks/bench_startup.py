@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 
-from benchmarks import peers, stage
+from benchmarks import workload
 from benchmarks.child import run_child
-from benchmarks.stage import Place, Plan, Run
+from benchmarks.workload import Workload
 
-INFERENCE, TURNS, WARM_UP = True, 5, 1
 SENTENCE = "who directed the frozen station with irene zimmer"
 PIPELINE = (
     "import sys, transformers; "
@@ -18,20 +17,16 @@ PIPELINE = (
 )
 
 
-def subjects(plan: Plan) -> Sequence[str]:
-    return ("ceiling", "minibert", "transformers")  # the ceiling: what both import
+def test_startup(race: Callable, work: Workload) -> None:
+    commands = {
+        "ceiling": ["-c", "import numpy, torch, tokenizers, safetensors"],  # what both import
+        "minibert": ["-m", "minibert.cli", "tag", work.minilm, SENTENCE],
+        "transformers": ["-c", PIPELINE, work.minilm, SENTENCE],
+    }
 
+    def build(name: str) -> Callable[[], dict]:
+        if name == "transformers":
+            workload.need(name)
+        return lambda: {"peak_mb": run_child([sys.executable, *commands[name]])}
 
-def test_startup(found: dict) -> None:
-    assert found["peak_mb"] > 0
-
-
-def build(subject: str, place: Place) -> Run:
-    directory = stage.minilm_directory(place.model_dir, place.folder / "minilm")
-    peers.need("transformers")
-    command = {
-        "ceiling": ["-c", "import numpy, torch, tokenizers, safetensors"],
-        "minibert": ["-m", "minibert.cli", "tag", directory, SENTENCE],
-        "transformers": ["-c", PIPELINE, directory, SENTENCE],
-    }[subject]
-    return lambda: {"peak_mb": run_child([sys.executable, *command])}
+    race(commands, build, work.plan.turns)

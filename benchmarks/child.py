@@ -1,7 +1,7 @@
-"""Processes of their own, watched for their memory; and what runs in them.
+"""Child processes with their peak memory, and what runs in them.
 
-python -m benchmarks.child minibert tag DIR FILE
-python -m benchmarks.child transformers train DIR PLAN
+python -m benchmarks.child tag DIR FILE                     with transformers
+python -m benchmarks.child train minibert|transformers PLAN
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.runs import ROOT
 
-# A process begins with the peak of the one that it was forked from, so that one must be small.
+# A process inherits the peak of the one that forked it, so a small process must fork.
 LAUNCH = (
     "import resource, subprocess, sys; "
     "ran = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
@@ -23,10 +23,10 @@ LAUNCH = (
 
 
 def run_child(command: Sequence[str | Path], stdin: Path | None = None) -> float:
-    """Run a command to its end; its peak resident memory in MB.
+    """Run a command; return its peak resident memory in MB.
 
     Raises:
-        RuntimeError: it failed, with the last lines it wrote to standard error.
+        RuntimeError: it failed; with the end of its standard error.
     """
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     launcher = [sys.executable, "-I", "-S", "-c", LAUNCH, *command]
@@ -37,15 +37,8 @@ def run_child(command: Sequence[str | Path], stdin: Path | None = None) -> float
     return int(ran.stdout) / 1024  # kB on Linux
 
 
-def tag(side: str, directory: Path, file: Path) -> None:
-    """The sentences of a file, one a line, by the fastest way each side has."""
-    if side == "minibert":
-        from minibert import Tagger
-
-        with file.open() as lines:
-            for _ in Tagger.from_pretrained(directory).tag_texts(lines):
-                pass
-        return
+def tag(directory: Path, file: Path) -> None:
+    """Tag a file with one sentence a line with transformers, sorted by length."""
     import torch
     import transformers
 
@@ -63,22 +56,19 @@ def tag(side: str, directory: Path, file: Path) -> None:
 
 
 def train(side: str, plan_name: str) -> None:
-    """Two turns of the training benchmark, without its ceiling."""
+    """Two turns of the training benchmark."""
     from benchmarks import bench_training
-    from benchmarks.stage import Place
+    from benchmarks.workload import Workload
 
-    subject = next(
-        name for name in bench_training.subjects(Place(plan_name, Path(), None).plan)
-        if name.startswith(side) and (side == "minibert" or "fused" in name)
-    )  # fmt: skip
-    run = bench_training.build(subject, Place(plan_name, Path(), None))
+    names = {"minibert": bench_training.OURS, "transformers": bench_training.THEIRS_FUSED}
+    run = bench_training.build(names[side], Workload(plan_name, Path(), None))
     run()
     run()
 
 
 if __name__ == "__main__":
-    side, what, *rest = sys.argv[1:]
+    what, first, second = sys.argv[1:]
     if what == "tag":
-        tag(side, Path(rest[0]), Path(rest[1]))
+        tag(Path(first), Path(second))
     else:
-        train(side, rest[0])
+        train(first, second)

@@ -1,80 +1,94 @@
-"""Turns: how pytest-benchmark times several subjects side by side.
+"""The timing harness: pytest-benchmark, with contenders that alternate within one run.
 
-Every test is one turn of one subject, and pytest runs them by turns (a b c, a b c, ...): what slows
-the machine down for a while slows all of them down. ``bench.py`` takes the medians over the turns.
-A module names its subjects in ``subjects(plan)`` and builds one in ``build(name, place)``, which
-returns what is timed: a function of no arguments that gives back numbers to keep, such as the
-tokens. ``TURNS`` bounds the turns, ``WARM_UP`` says how many do not count, ``INFERENCE`` whether
-gradients are off.
+A module ``bench_*.py`` is one part of the benchmark, its test one race:
+
+    def test_latency(race, work):
+        race(NAMES, lambda name: build(name, work), work.plan.turns)
+
+``build`` returns the function to time, without arguments; the numbers that it returns are kept.
+Run one part with ``python -m pytest benchmarks/bench_latency.py``, all with ``make bench``.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Hashable, Iterable
+from itertools import cycle
 from pathlib import Path
-from types import ModuleType
+from statistics import median
 from typing import Any
 
 import pytest
-import torch
+from pytest_benchmark.stats import Stats
 
-from benchmarks import stage
-from benchmarks.peers import MissingError
-from benchmarks.stage import PLANS, Place, Run
+from benchmarks import gpu_plan
+from benchmarks.workload import PLANS, LeftOutError, Workload
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plan", choices=PLANS, default="usual")
-    parser.addoption("--model-dir", type=Path, help="a trained MiniLM, as train.py leaves it")
+    parser.addoption("--model-dir", type=Path, help="a trained MiniLM, as train.py saves it")
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "subject" in metafunc.fixturenames:
-        plan = PLANS[metafunc.config.getoption("--plan")]
-        turns = range(min(plan.turns, metafunc.module.TURNS))
-        names = [name for name in metafunc.module.subjects(plan) if stage.runs_here(name)]
-        metafunc.parametrize(("turn", "subject"), [(t, name) for t in turns for name in names])
-
-
-class Theatre:
-    """The subjects of a module, each built at its first turn and kept."""
-
-    def __init__(self, module: ModuleType, place: Place):
-        self.module = module
-        self.place = place
-        self.runs: dict[str, Run] = {}
-        self.began = time.monotonic()
-
-    def run_of(self, subject: str) -> Run:
-        if subject not in self.runs:
-            try:
-                self.runs[subject] = self.module.build(subject, self.place)
-            except MissingError as error:
-                pytest.skip(str(error))
-        return self.runs[subject]
-
-
-@pytest.fixture(scope="module")
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
+@pytest.fixture(scope="session")
+def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workload:
     option = request.config.getoption
-    return Place(option("--plan"), tmp_path_factory.mktemp("bench"), option("--model-dir"))
+    return Workload(option("--plan"), tmp_path_factory.mktemp("bench"), option("--model-dir"))
 
 
-@pytest.fixture(scope="module")
-def theatre(request: pytest.FixtureRequest, place: Place) -> Theatre:
-    return Theatre(request.module, place)
+@pytest.fixture(scope="session")
+def plan(request: pytest.FixtureRequest) -> gpu_plan.Plan:
+    tiny = request.config.getoption("--plan") == "tiny"
+    return gpu_plan.tiny() if tiny else gpu_plan.full()
 
 
 @pytest.fixture
-def found(benchmark, theatre: Theatre, turn: int, subject: str) -> dict[str, Any]:
-    """Time one turn of a subject; the first may be preceded by some that do not count."""
-    module = theatre.module
-    spent = time.monotonic() - theatre.began
-    if turn > 1 and spent > theatre.place.plan.seconds:
-        pytest.skip(f"{spent:.0f} s spent on this part")
-    with torch.inference_mode(module.INFERENCE):
-        run = theatre.run_of(subject)
-        benchmark.group = module.__name__.rpartition("bench_")[2]
-        numbers = benchmark.pedantic(run, warmup_rounds=0 if turn else module.WARM_UP)
-    benchmark.extra_info |= {"subject": subject, "turn": turn} | numbers
-    return numbers
+def race(benchmark) -> Callable[..., dict[Any, dict[str, Any]]]:
+    """Time contenders in alternating turns (a b c, a b c, ...): a slow spell hits all of them."""
+
+    def run(
+        names: Iterable[Hashable],
+        build: Callable[[Any], Callable[[], dict[str, Any] | None]],
+        turns: int,
+        warm_up: int = 1,
+    ) -> dict[Any, dict[str, Any]]:
+        runs: dict[Hashable, Callable[[], dict[str, Any] | None]] = {}
+        for name in names:
+            try:
+                runs[name] = build(name)
+            except LeftOutError as error:
+                print(f"left out: {name}: {error}")
+        numbers: dict[Hashable, dict[str, Any]] = {}
+        order = cycle(runs)
+
+        def turn(name: Hashable) -> None:
+            numbers[name] = runs[name]() or {}
+
+        benchmark.pedantic(
+            turn,
+            setup=lambda: ((next(order),), {}),
+            rounds=turns * len(runs),
+            warmup_rounds=warm_up * len(runs),
+        )
+        times = benchmark.stats.stats.data
+        rows = {}
+        for i, name in enumerate(runs):
+            seconds = times[i :: len(runs)]
+            rows[name] = {"seconds": seconds, "median_s": median(seconds)} | numbers[name]
+        benchmark.extra_info["contenders"] = {str(name): row for name, row in rows.items()}
+        return rows
+
+    return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_group_stats(benchmarks: list[dict[str, Any]]) -> list[tuple[str, list]]:
+    """pytest-benchmark's own table: one row per contender instead of one per race."""
+    groups = []
+    for race in benchmarks:
+        rows = []
+        for name, row in race["extra_info"]["contenders"].items():
+            stats = Stats()
+            stats.data = row["seconds"]
+            rows.append(race | stats.as_dict() | {"name": name, "fullname": name})
+        groups.append((race["name"], rows))
+    return groups

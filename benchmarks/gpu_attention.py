@@ -1,77 +1,60 @@
-"""Attention alone: every path that runs here, against PyTorch's on padded batches."""
+"""Attention alone on the GPU: every path that runs here, against PyTorch's on padded batches."""
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import interleaved
+from benchmarks.gpu_plan import Plan, ceiling_of, ceiling_steps
 from minibert.speed.cuda import ladder
 
 HEADS, HEAD_SIZE = 12, 64  # BERT-base
-CALLS = 20  # in one measurement: a single one is over before an event is recorded
+CALLS = 20  # in one measurement
+
+Run = Callable[[bool, int], None]  # (with gradient, calls)
 
 
-def short_queries(count: int) -> list[int]:
-    """Lengths in word pieces like those of a search query corpus: 3 to 40, about 12 on average."""
-    generator = random.Random(0)
-    return [min(40, max(3, round(generator.gammavariate(6, 2)))) for _ in range(count)]
-
-
-BATCHES = {
-    "about 12, mixed": short_queries(256),
-    "128": [128] * 32,
-    "512": [512] * 8,
-}
-
-Run = Callable[[bool, int], None]  # attention some times over, with the gradient if asked
-
-
-def attention_alone(
-    batches: dict[str, list[int]], device: torch.device, dtype: torch.dtype, rounds: int
-) -> list[dict[str, Any]]:
+def test_attention(race: Callable, benchmark: Any, plan: Plan) -> None:
     """Forward, and forward with backward: milliseconds and TFLOP/s of a call.
 
-    Useful operations are counted: 4 K a score forward, 10 K more backward, nothing for padding.
-    What launching costs the host is part of the time, as it is for whoever calls it.
+    Only useful operations count: per score 4 K forward and 10 K backward, none for padding. The
+    time includes the launches on the host.
     """
-    rows = []
-    for batch, lengths in batches.items():
-        operations = 4 * HEADS * HEAD_SIZE * sum(n * n for n in lengths)
+    steps = ceiling_steps(plan)
+    obstacles: dict[tuple, str | None] = {}
+    for batch, lengths in plan.attention.items():
         for dropout_p in (0.0, 0.1):
-            runs = _paths(lengths, dropout_p, device, dtype)
-            obstacles = {name: _obstacle(run) for name, run in runs.items()}
-            steps = {
-                (name, gradient): partial(run, gradient, CALLS)
-                for name, run in runs.items()
-                if obstacles[name] is None
-                for gradient in (False, True)
-            }
-            times = interleaved(steps, rounds, device)
-            for name, obstacle in obstacles.items():
-                row: dict[str, Any] = {"batch": batch, "path": name, "dropout": dropout_p}
-                if obstacle is not None:
-                    row["not_available"] = obstacle
-                else:
-                    row["forward_ms"] = median(times[name, False]) / CALLS
-                    row["both_ms"] = median(times[name, True]) / CALLS
-                    row["forward_tflops"] = operations / row["forward_ms"] / 1e9
-                    row["both_tflops"] = 3.5 * operations / row["both_ms"] / 1e9
-                rows.append(row)
-                print(row, file=sys.stderr)
-    return rows
+            for path, run in paths(lengths, dropout_p, plan.device, plan.dtype).items():
+                case = (batch, path, dropout_p)
+                obstacles[case] = obstacle(run)
+                if obstacles[case] is None:
+                    steps[(*case, False)] = partial(run, False, CALLS)
+                    steps[(*case, True)] = partial(run, True, CALLS)
+    times = race(steps, steps.__getitem__, plan.turns, warm_up=2)
+    ceiling = ceiling_of(times, plan)
+    rows = []
+    for case, reason in obstacles.items():
+        row = dict(zip(("batch", "path", "dropout"), case))
+        if reason is not None:
+            row["not_available"] = reason
+        else:
+            operations = 4 * HEADS * HEAD_SIZE * sum(n * n for n in plan.attention[case[0]])
+            row["forward_ms"] = 1000 * times[(*case, False)]["median_s"] / CALLS
+            row["both_ms"] = 1000 * times[(*case, True)]["median_s"] / CALLS
+            row["forward_tflops"] = operations / row["forward_ms"] / 1e9
+            row["both_tflops"] = 3.5 * operations / row["both_ms"] / 1e9
+            row["share_of_ceiling"] = row["both_tflops"] / ceiling.product_tflops
+        rows.append(row)
+    benchmark.extra_info |= {"rows": rows, "ceiling": ceiling._asdict()}
 
 
-def _obstacle(run: Run) -> str | None:
-    """Why this path does not run here (no kernel for this device or this dtype), or None."""
+def obstacle(run: Run) -> str | None:
+    """Why a path does not run here (no kernel for this device or dtype), or None."""
     try:
         run(True, 1)
     except (RuntimeError, ValueError) as error:
@@ -79,10 +62,10 @@ def _obstacle(run: Run) -> str | None:
     return None
 
 
-def _paths(
+def paths(
     lengths: list[int], dropout_p: float, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Run]:
-    """By name; the ladder's on packed sentences, PyTorch's SDPA on padded ones."""
+    """By name: those of the ladder on packed sentences, PyTorch's SDPA on padded ones."""
     tokens, longest = sum(lengths), max(lengths)
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     qkv = torch.randn(tokens, 3, HEADS, HEAD_SIZE, **options).requires_grad_()
@@ -116,8 +99,8 @@ def _paths(
 
         return run
 
-    paths = {name: packed(attend) for name, attend in ladder.RUNGS.items()}
-    paths["sdpa efficient, padded"] = sdpa(SDPBackend.EFFICIENT_ATTENTION, mask)
+    found = {name: packed(attend) for name, attend in ladder.RUNGS.items()}
+    found["sdpa efficient, padded"] = sdpa(SDPBackend.EFFICIENT_ATTENTION, mask)
     # Flash takes no mask: on a mixed batch it also attends to padding.
-    paths["sdpa flash, padded"] = sdpa(SDPBackend.FLASH_ATTENTION, None)
-    return paths
+    found["sdpa flash, padded"] = sdpa(SDPBackend.FLASH_ATTENTION, None)
+    return found

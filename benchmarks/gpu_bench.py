@@ -1,13 +1,13 @@
-"""Times on the GPU at hand: attention alone, then BERT-base on MIT Movie, float16.
+"""Speed on the GPU at hand: attention alone, then BERT-base on MIT Movie, in float16.
 
     make gpu-bench                                      everything
     python -m benchmarks.gpu_bench --only attention     without the models
     python -m benchmarks.gpu_bench --tiny               a rehearsal on the CPU that writes nothing
 
-Ceiling first: the tensor cores' float16 rate and the memory's bandwidth are measured by one large
-product and one large copy, and every time is also given as TFLOP/s or as a share of that ceiling.
-What is compared runs by turns in one process; the figures are medians. The result is one JSON file
-under benchmarks/results, named by device and date, with driver, versions and clocks in it.
+Each part is a pytest-benchmark module in its own process. Contenders alternate within one run;
+figures are medians. A large float16 product and a large copy alternate with them: the ceiling, of
+which every result is given as a share. The result is one JSON file in benchmarks/results, named by
+device and date, written after each part.
 """
 
 from __future__ import annotations
@@ -18,55 +18,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import runs
-from benchmarks.gpu_attention import BATCHES, attention_alone
-from benchmarks.gpu_models import Ceiling, Plan, models
-from benchmarks.timing import interleaved
+from benchmarks.bench import run_part
 from minibert.files import MinibertError
 
-
-def full() -> Plan:
-    """Everything, on the GPU."""
-    return Plan(
-        device=torch.device("cuda", torch.cuda.current_device()),
-        dtype=torch.float16,
-        attn="fused",
-        corpus="mit_movie",
-        checkpoint="bert-base-cased",
-        shape={},
-        test_sentences=None,
-        steps=40,
-        lengths={name: lengths for name, lengths in BATCHES.items() if name.isdecimal()},
-        rounds=9,
-    )
-
-
-def tiny() -> Plan:
-    """The same code on next to nothing, in float32 on a CPU."""
-    shape = {
-        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64
-    }  # fmt: skip
-    return Plan(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        attn="sdpa",
-        corpus="demo",
-        checkpoint=None,
-        shape=shape,
-        test_sentences=40,
-        steps=6,
-        lengths={"8": [8] * 4},
-        rounds=2,
-    )
+PARTS = ("attention", "models")
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the numbers depend on, beside torch and Python; None: not installed."""
+    """Of CUDA and of the packages that matter beside torch; None: not installed."""
     found: dict[str, str | None] = {"cuda": torch.version.cuda}
     for name in ("transformers", "tokenizers", "cuda-core"):
         try:
@@ -91,56 +55,51 @@ def gpu() -> dict[str, Any]:
     return {query: seen.splitlines()}
 
 
-def ceiling(plan: Plan, side: int, copied: int) -> Ceiling:
-    """TFLOP/s of a side x side x side product; GB/s of a copy, read and written."""
-    a, b = torch.randn(2, side, side, device=plan.device).to(plan.dtype)
-    source = torch.empty(copied, dtype=torch.uint8, device=plan.device)
-    target = torch.empty_like(source)
-    steps = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    times = interleaved(steps, 4 * plan.rounds, plan.device, warm_up=5)
-    return Ceiling(
-        product_tflops=2 * side**3 / median(times["product"]) / 1e9,
-        copy_gb_s=2 * copied / median(times["copy"]) / 1e6,
-    )
+def add(result: dict[str, Any], part: str, plan: str) -> None:
+    """Run a part and add what its tests found."""
+    timer = "--benchmark-timer=benchmarks.gpu_plan.clock"
+    tests, failure = run_part(f"gpu_{part}", "--plan", plan, timer)
+    found: dict[str, Any] = {"rows": []}
+    for test in tests.values():
+        del test["contenders"]
+        result["ceiling"] = test.pop("ceiling")
+        found = found | test | {"rows": found["rows"] + test["rows"]}
+    if found["rows"]:
+        result[part] = found
+    if failure:
+        result.setdefault("left_out", {})[part] = failure
+        print(failure, file=sys.stderr)
 
 
-def measure(plan: Plan, batches: dict[str, list[int]], only: str | None) -> dict[str, Any]:
-    """The parts asked for, ceiling first."""
-    large = plan.device.type == "cuda"
-    top = ceiling(plan, 4096 if large else 64, 2**28 if large else 2**16)
-    result: dict[str, Any] = {"ceiling": top._asdict()}
-    print(result, file=sys.stderr)
-    if only != "models":
-        result["attention"] = attention_alone(batches, plan.device, plan.dtype, plan.rounds)
-    if only != "attention":
-        result["models"] = models(plan, top)
-    return result
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("attention", "models"))
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU, write nothing")
     options = parser.parse_args(arguments)
+    parts = (options.only,) if options.only else PARTS
     if options.tiny:
-        rehearsed = measure(tiny(), {"mixed": [3, 9, 5], "8": [8, 8]}, options.only)
-        print(json.dumps({"rehearsal": True, "versions": versions()} | rehearsed))
-        return
+        result: dict[str, Any] = {"rehearsal": True, "versions": versions()}
+        for part in parts:
+            add(result, part, "tiny")
+        print(json.dumps(result))
+        return 1 if "left_out" in result else 0
     if not torch.cuda.is_available():
         raise MinibertError("no CUDA device here, nothing is measured: --tiny rehearses on a CPU")
-    result: dict[str, Any] = {"versions": versions(), "gpu_before": gpu()}
-    result |= {"capability": list(torch.cuda.get_device_capability())}
-    result |= measure(full(), BATCHES, options.only)
-    result["gpu_after"] = gpu()
     device = torch.cuda.get_device_name().lower().replace(" ", "-")
-    part = f"-{options.only}" if options.only else ""
-    path = runs.keep(f"gpu-{device}{part}", result)
-    print(json.dumps({"written": str(path)} | result["ceiling"]))
+    name = "-".join(filter(None, ["gpu", device, options.only]))
+    result = {"versions": versions(), "gpu_before": gpu()}
+    result["capability"] = list(torch.cuda.get_device_capability())
+    for part in parts:
+        add(result, part, "full")
+        result["gpu_after"] = gpu()
+        path = runs.keep(name, result)
+    print(json.dumps({"written": str(path)} | result.get("ceiling", {})))
+    return 1 if "left_out" in result else 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except MinibertError as problem:
         print(f"gpu_bench: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,8 @@
-"""The libraries that are compared with, each as a function from padded batches to logits."""
+"""The peers of minibert, each as a function from padded batches to logits."""
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import logging
 import warnings
 from collections.abc import Callable
@@ -12,44 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.stage import Padded
+from benchmarks.workload import Inputs, need
 
-Predict = Callable[[Padded], Tensor]  # logits (B, S, L), float
-
-
-class MissingError(Exception):
-    """A library that is not installed."""
-
-
-def need(*modules: str) -> None:
-    """Say which of these is not installed, if any.
-
-    Raises:
-        MissingError: one is not.
-    """
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise MissingError(f"{module} is not installed: pip install -e '.[bench]'")
+Predict = Callable[[Inputs], Tensor]  # logits (B, S, L), float
 
 
 def torch_model(model: nn.Module) -> Predict:
-    def predict(batch: Padded) -> Tensor:
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-
-    return predict
+    return lambda inputs: model(**inputs).logits
 
 
 def eager(model: nn.Module) -> Predict:
-    """transformers' model with its attention written out."""
-    import copy
-
+    """transformers' model with eager attention."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     return torch_model(model)
-
-
-def compiled(model: nn.Module) -> Predict:
-    return torch_model(torch.compile(model, dynamic=True))
 
 
 class _Logits(nn.Module):
@@ -68,7 +44,7 @@ def onnx_file(model: nn.Module, folder: Path) -> Path:
     path = folder / "model.onnx"
     ids = torch.ones(2, 7, dtype=torch.long)
     mask = ids.clone()
-    mask[1, 4:] = 0  # traced with padding: without, the mask would be left out of the graph
+    mask[1, 4:] = 0  # traced with padding, or the mask would be left out of the graph
     axes = {0: "B", 1: "S"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -102,9 +78,9 @@ def onnxruntime_model(model: nn.Module, folder: Path, int8: bool = False) -> Pre
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def predict(batch: Padded) -> Tensor:
-        inputs = {name: x.numpy() for name, x in batch._asdict().items()}
-        return torch.from_numpy(session.run(None, inputs)[0])
+    def predict(inputs: Inputs) -> Tensor:
+        arrays = {name: x.numpy() for name, x in inputs.items()}
+        return torch.from_numpy(session.run(None, arrays)[0])
 
     return predict
 
@@ -122,8 +98,7 @@ def openvino_model(model: nn.Module, folder: Path, precision: str) -> Predict:
     }
     network = core.compile_model(core.read_model(onnx_file(model, folder)), "CPU", settings)
 
-    def predict(batch: Padded) -> Tensor:
-        inputs = {name: x.numpy() for name, x in batch._asdict().items()}
-        return torch.from_numpy(network(inputs)[0])
+    def predict(inputs: Inputs) -> Tensor:
+        return torch.from_numpy(network({name: x.numpy() for name, x in inputs.items()})[0])
 
     return predict

@@ -1,6 +1,6 @@
-"""What the benchmarks found, as tables and a plot. Takes the JSON that ``bench.py`` writes.
+"""README.md's short table and docs/speed.md, from the results of ``bench.py``.
 
-python -m benchmarks.report     every table and plot anew, from benchmarks/results/speed-*.json
+python -m benchmarks.report     regenerates both
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from minibert.files import replacing, write_text
 
-Rows = dict[str, Any]  # subject: its seconds and what else it found
+Row = dict[str, Any]  # a contender's seconds and what else was found
+Result = dict[str, Any]
 
-# Ours in each part; where there are several, the first that was run.
+PARTS = (
+    "inference", "latency", "training", "startup", "memory", "accuracy", "profile", "adamw",
+    "curves",
+)  # fmt: skip
+# minibert's contender in a part; of several, the first that was run is Tagger's default.
 OURS = {
     "inference": ("minibert bf16, packed", "minibert fp16w, packed", "minibert fp32, packed"),
-    "training": ("minibert, packed",),
     "latency": ("minibert bf16", "minibert fp16w", "minibert fp32"),
+    "training": ("minibert, packed",),
     "startup": ("minibert",),
     "adamw": ("minibert",),
-    "attention": ("minibert sdpa, packed",),
 }
-# part, ours, peer, and how many times faster ours was to be on two cores with AMX.
-AIMS = (
+# part, minibert, peer, speed-up: the targets for two cores with AMX.
+TARGETS = (
     ("inference", "minibert bf16, packed", "transformers sdpa fp32, padded to longest", 9.0),
     ("inference", "minibert bf16, packed", "transformers sdpa bf16, padded to longest", 2.4),
     ("inference", "minibert bf16, packed", "transformers sdpa bf16, sorted by length", 1.6),
@@ -39,237 +42,206 @@ AIMS = (
     ("training", "minibert, packed", "transformers, padded to longest, AdamW(fused=True)", 2.5),
     ("startup", "minibert", "transformers", 1 / 0.45),
 )
+# README.md's rows: title, part, and what names of peers contain; the fastest of them counts.
+CHOICES = (
+    ("inference: transformers fp32, padded", "inference", "transformers sdpa fp32, padded to long"),
+    ("inference: fastest fp32 peer", "inference", " fp32"),
+    ("inference: fastest bf16 peer", "inference", " bf16"),
+    ("inference: fastest int8 peer", "inference", " int8"),
+    ("one sentence: fastest fp32 peer", "latency", " fp32"),
+    ("one sentence: fastest bf16 peer", "latency", " bf16"),
+    ("one sentence: fastest int8 peer", "latency", " int8"),
+    ("training: transformers", "training", "transformers"),
+    ("start-up: transformers", "startup", "transformers"),
+)
+FORMATS = {"fp16w": "fp16 weights"}
 
 
-def ours_of(part: str, rows: Rows) -> str | None:
-    """The subject that the others of its part are compared with."""
-    return next((name for name in OURS.get(part, ()) if name in rows), None)
+class Part:
+    """One part of a result; a figure that was not measured is "".
 
-
-def rate(row: dict[str, Any]) -> float:
-    """Real tokens a second; processes a second where tokens are not counted."""
-    return row.get("tokens", 1) / row["median_s"]
-
-
-def peak(row: dict[str, Any]) -> float:
-    """The same in its fastest turn.
-
-    A ceiling is what the machine can do, and what disturbs a turn only ever makes it slower: with
-    medians a disturbed ceiling would lie below what is under it.
+    Args:
+        result: as in the JSON file.
+        name: of ``PARTS``.
     """
-    return row.get("tokens", 1) / min(row["seconds"])
+
+    def __init__(self, result: Result, name: str):
+        self.name = name
+        self.rows: dict[str, Row] = result["parts"].get(name, {})
+        self.ours = next((ours for ours in OURS.get(name, ()) if ours in self.rows), None)
+        self.peers = [name for name in self.rows if not name.startswith(("ceiling", "minibert"))]
+
+    def rate(self, name: str) -> float:
+        """Median real tokens per second; runs per second in a part without tokens."""
+        return self.rows[name].get("tokens", 1) / self.rows[name]["median_s"]
+
+    def peak(self, name: str) -> float:
+        """The same of the fastest turn.
+
+        Shares of a ceiling compare fastest turns: a disturbance only makes a turn slower, so the
+        median of a disturbed ceiling could lie below what it bounds.
+        """
+        return self.rows[name].get("tokens", 1) / min(self.rows[name]["seconds"])
+
+    def ceiling_of(self, name: str) -> str | None:
+        """The ceiling of a contender's number format; None for int8."""
+        dtype = next((d for d in ("bf16", "fp16w", "int8") if d in name), "fp32")
+        return next((c for c in ("ceiling", f"ceiling {dtype}") if c in self.rows), None)
+
+    def speed_up(self, peer: str, ours: str | None = None) -> str:
+        ours = ours or self.ours
+        if ours not in self.rows or peer not in self.rows:
+            return ""
+        return times(self.rate(ours) / self.rate(peer))
+
+    def share(self, name: str | None) -> str:
+        """Of the ceiling."""
+        if name is None or (top := self.ceiling_of(name)) is None:
+            return ""
+        return f"{self.peak(name) / self.peak(top):.0%}"
+
+    def against(self, wanted: str) -> str:
+        """The speed-up over the fastest peer whose name contains ``wanted``, and its library."""
+        peers = [name for name in self.peers if wanted in name]
+        if self.ours is None or not peers:
+            return ""
+        best = max(peers, key=self.rate)
+        library = "" if wanted.startswith("transformers") else f" ({best.split()[0]})"
+        return self.speed_up(best) + library
+
+    def table(self) -> str:
+        """All contenders."""
+        if self.name == "accuracy":
+            return "\n".join(accuracy(*named) for named in self.rows.items())
+        if self.name == "profile":
+            kinds = dict.fromkeys(kind for row in self.rows.values() for kind in row["shares"])
+            shares = [row["shares"] for row in self.rows.values()]
+            found = [[kind, *(f"{s.get(kind, 0):.1%}" for s in shares)] for kind in kinds]
+            return markdown(["share of the time", *self.rows], found)
+        if self.name == "memory":
+            found = [
+                [name, f"{row['peak_mb']:.0f}", f"{row['median_s']:.1f}"]
+                for name, row in self.rows.items()
+            ]
+            return markdown(["process", "peak MB", "s"], found)
+        in_tokens = all("tokens" in row for row in self.rows.values())
+        found = []
+        for name in self.rows:
+            is_ceiling = name.startswith("ceiling")
+            speed = self.peak(name) if is_ceiling else self.rate(name)
+            shown = f"{speed:.0f}" if in_tokens else f"{1000 / speed:.0f}"
+            speed_up = "" if is_ceiling else self.speed_up(name)
+            found.append([name, shown, speed_up, self.share(name)])
+        unit = "tokens/s" if in_tokens else "ms"
+        return markdown([self.name, unit, "speed-up of minibert", "share of the ceiling"], found)
 
 
-def shown(name: str, row: dict[str, Any]) -> float:
-    """What a table or a plot says of a subject: a ceiling's fastest turn, of others the median."""
-    return peak(row) if name.startswith("ceiling") else rate(row)
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}×"
 
 
-def share_of_ceiling(rows: Rows, subject: str) -> str:
-    """The fastest turn of a subject over that of its ceiling; "" where it has none."""
-    top = ceiling_of(rows, subject)
-    return f"{peak(rows[subject]) / peak(top):.0%}" if top else ""
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def ceiling_of(rows: Rows, subject: str) -> dict[str, Any] | None:
-    """The ceiling of a subject's number format; int8 has none here."""
-    if "int8" in subject:
-        return None
-    dtype = next((name for name in ("bf16", "fp16w") if name in subject), "fp32")
-    return rows.get("ceiling") or rows.get(f"ceiling {dtype}")
-
-
-def ratio(value: float) -> str:
-    return f"{value:.2f}×"
-
-
-def part_table(part: str, rows: Rows) -> str:
-    """A part as a markdown table, its ceiling first."""
-    if part == "memory":
-        lines = ["| process | peak MB | s |", "|---|---|---|"]
-        found = ((name, row["peak_mb"], row["median_s"]) for name, row in rows.items())
-        return "\n".join([*lines, *(f"| {n} | {mb:.0f} | {s:.1f} |" for n, mb, s in found)])
-    if part == "profile":
-        kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["shares"]))
-        lines = [f"| share of the time | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
-        for kind in kinds:
-            cells = " | ".join(f"{row['shares'].get(kind, 0):.1%}" for row in rows.values())
-            lines.append(f"| {kind} | {cells} |")
-        return "\n".join(lines)
-    if part == "accuracy":
-        return "\n".join(accuracy(*found) for found in rows.items())
-    tokens = "tokens" in next(iter(rows.values()))
-    ours = ours_of(part, rows)
-    unit = "tokens/s" if tokens else "ms"
-    head = f"| {part} | {unit} | minibert is | share of the ceiling, by fastest turns |"
-    lines = [head, "|---|---|---|---|"]
-    for name, row in rows.items():
-        speed = f"{shown(name, row):.0f}" if tokens else f"{1000 / shown(name, row):.0f}"
-        compared = ours and not name.startswith("ceiling")
-        faster = ratio(rate(rows[ours]) / rate(row)) if compared else ""
-        lines.append(f"| {name} | {speed} | {faster} | {share_of_ceiling(rows, name)} |")
-    return "\n".join(lines)
-
-
-def accuracy(subject: str, row: dict[str, Any]) -> str:
-    """In a sentence."""
-    trained = "" if row["trained"] else " (the classifier is not trained: this says little)"
-    fast = subject.removeprefix("minibert ").replace(",", "")
+def accuracy(name: str, row: Row) -> str:
+    trained = "" if row["trained"] else " (its classifier is untrained, so this says little)"
+    fast = name.removeprefix("minibert ").replace(",", "")
     return (
-        f"{fast} against fp32 padded, MiniLM{trained}: {row['words_apart']} of "
+        f"MiniLM{trained}, {fast} against fp32 padded: {row['words_apart']} of "
         f"{row['words']} words differ, entity F1 {100 * row['f1']:.2f} and "
         f"{100 * row['f1_fp32_padded']:.2f}."
     )
 
 
-def aims(parts: dict[str, Rows]) -> str:
-    """What was to be reached with AMX, what was, and what the ceiling here would allow."""
-    lines = ["| minibert against | aim with AMX | measured | limit here |", "|---|---|---|---|"]
-    for part, ours, peer, wanted in AIMS:
-        rows = parts.get(part, {})
-        if ours in rows and peer in rows:
-            top = ceiling_of(rows, ours)
-            limit = ratio(peak(top) / peak(rows[peer])) if top else ""
-            measured = ratio(rate(rows[ours]) / rate(rows[peer]))
-            lines.append(f"| {part}: {peer} | {ratio(wanted)} | {measured} | {limit} |")
+def targets(result: Result) -> str:
+    """Speed-ups: the target with AMX, what was measured, and the upper bound of this machine."""
+    found = []
+    for name, ours, peer, target in TARGETS:
+        part = Part(result, name)
+        if measured := part.speed_up(peer, ours):
+            top = part.ceiling_of(ours)
+            bound = times(part.peak(top) / part.peak(peer)) if top else ""
+            found.append([f"{name}: {ours} over {peer}", times(target), measured, bound])
+    return markdown(["speed-up", "target with AMX", "measured", "upper bound here"], found)
+
+
+def machine(result: Result) -> str:
+    """The CPU in a few words, with minibert's format on it."""
+    cpu = result["cpu"]
+    return f"{cpu['model']}, {cpu['instructions']}, {FORMATS.get(cpu['dtype'], cpu['dtype'])}"
+
+
+def summary(results: dict[str, Result]) -> str:
+    """README.md's table: the rows one would choose by, a column for each kind of CPU."""
+    found = list(results.values())
+    rows = [
+        [title, *(Part(result, part).against(wanted) for result in found)]
+        for title, part, wanted in CHOICES
+    ]
+    rows.append(["peak memory, tagging", *(memory(result, "tag") for result in found)])
+    rows.append(["peak memory, training", *(memory(result, "train") for result in found)])
+    body = markdown(["speed-up over", *map(machine, found)], [row for row in rows if any(row[1:])])
+    dates = " and ".join(sorted({result["date"] for result in found}))
+    return f"{body}\n\n`make bench`, {dates}. All rows: [docs/speed.md](docs/speed.md)."
+
+
+def memory(result: Result, process: str) -> str:
+    rows = Part(result, "memory").rows
+    if f"minibert, {process}" not in rows or f"transformers, {process}" not in rows:
+        return ""
+    ours, theirs = (rows[f"{s}, {process}"]["peak_mb"] for s in ("minibert", "transformers"))
+    return f"{ours:.0f} MB (transformers {theirs:.0f} MB)"
+
+
+def page(results: dict[str, Result]) -> str:
+    """The generated part of docs/speed.md: one table over all CPUs, then the parts of each CPU."""
+    found = list(results.values())
+    rows = []
+    for name in ("inference", "latency", "training", "startup"):
+        parts = [Part(result, name) for result in found]
+        for peer in dict.fromkeys(peer for part in parts for peer in part.peers):
+            rows.append([f"{name}: {peer}", *(part.speed_up(peer) for part in parts)])
+        rows.append([f"{name}: share of the ceiling", *(part.share(part.ours) for part in parts)])
+    rows = [row for row in rows if any(row[1:])]
+    blocks = ["## All CPUs", markdown(["speed-up over", *map(machine, found)], rows)]
+    for file, result in results.items():
+        blocks += [f"## {machine(result)}", origin(result, file), targets(result)]
+        for part in (Part(result, name) for name in PARTS):
+            blocks += [f"### {part.name}", part.table()] if part.rows else []
+    return "\n\n".join(blocks)
+
+
+def origin(result: Result, file: str) -> str:
+    """When and how a result was measured, and what is missing from it."""
+    cpu = result["cpu"]
+    before, after = result["load_before"][0], result["load_after"][0]
+    lines = [
+        f"{result['date']}, {cpu['threads']} threads, load average {before:.1f} before and "
+        f"{after:.1f} after; {cpu['why']}. All times: `benchmarks/results/{file}`."
+    ]
+    lines += [f"Left out: {p} ({why.splitlines()[0]})." for p, why in result["left_out"].items()]
     return "\n".join(lines)
 
 
-def machine(result: dict[str, Any]) -> str:
-    """The processor in a few words, and the format in which ours runs on it."""
-    cpu = result["cpu"]
-    return f"{cpu['model']} with {cpu['instructions']}, in {cpu['dtype']}"
-
-
-def origin(result: dict[str, Any], file: str) -> str:
-    stem = file.removesuffix(".json")
-    return (
-        f"{machine(result)} ({result['cpu']['why']}), {result['cpu']['threads']} threads, "
-        f"{result['date']}. BERT-base's shape, medians over turns taken side by side in one "
-        f"run; load average {result['load_before'][0]:.1f} before and "
-        f"{result['load_after'][0]:.1f} after it. Every time is in "
-        f"`benchmarks/results/{file}`, written by `make bench`; as tables and curves: "
-        f"`benchmarks/results/{stem}.md`, `benchmarks/results/{stem}.png`."
-    )
-
-
-def left_out(result: dict[str, Any]) -> str:
-    return "\n".join(
-        f"Left out: {part} ({why.splitlines()[0]})" for part, why in result["left_out"].items()
-    )
-
-
-def page(result: dict[str, Any], file: str) -> str:
-    """Everything, for ``results/speed-DATE.md``."""
-    parts = result["parts"]
-    tables = [f"## {part}\n\n{part_table(part, rows)}" for part, rows in parts.items()]
-    blocks = [origin(result, file), aims(parts), *tables, left_out(result)]
-    return "# Speed\n\n" + "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def section(results: dict[str, dict[str, Any]]) -> str:
-    """The README's part of it: a column for every kind of processor, from the newest run on each.
-
-    Args:
-        results: by the names of their files.
-    """
-    found = list(results.values())
-    head = "| minibert is so many times as fast as | " + " | ".join(map(machine, found)) + " |"
-    lines = [head, "|---" * (1 + len(found)) + "|"]
-    for part in ("inference", "latency", "training", "startup"):
-        names = dict.fromkeys(name for r in found for name in r["parts"].get(part, {}))
-        peers = [n for n in names if not n.startswith(("ceiling", "minibert"))]
-        rows = [(f"{part}: {peer}", [_times(r, part, peer) for r in found]) for peer in peers]
-        rows.append((f"{part}: share of the ceiling", [_share(r, part) for r in found]))
-        lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows if any(cells)]
-    memory = dict.fromkeys(name for r in found for name in r["parts"].get("memory", {}))
-    table = ["| peak memory of a process, MB | " + " | ".join(map(machine, found)) + " |", lines[1]]
-    for name in memory:
-        rows_of = [r["parts"].get("memory", {}) for r in found]
-        cells = [f"{rows[name]['peak_mb']:.0f}" if name in rows else "" for rows in rows_of]
-        table.append(f"| {name} | {' | '.join(cells)} |")
-    blocks = ["\n".join(lines), "\n".join(table)]
-    for file, result in results.items():
-        accurate = result["parts"].get("accuracy")
-        blocks += [origin(result, file)]
-        blocks += [part_table("accuracy", accurate)] if accurate else []
-        blocks += [left_out(result)]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _times(result: dict[str, Any], part: str, peer: str) -> str:
-    """How many times as fast as the peer ours is, in the fastest native format; "" if not run."""
-    rows = result["parts"].get(part, {})
-    ours = ours_of(part, rows)
-    return ratio(rate(rows[ours]) / rate(rows[peer])) if ours and peer in rows else ""
-
-
-def _share(result: dict[str, Any], part: str) -> str:
-    rows = result["parts"].get(part, {})
-    ours = ours_of(part, rows)
-    return share_of_ceiling(rows, ours) if ours else ""
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of the inference, the two curves, and memory against the corpus."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    parts = result["parts"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9))
-    bars = list(parts.get("inference", {}).items())[::-1]
-    colours = ["C0" if "minibert" in name else "0.6" for name, _ in bars]
-    axes[0, 0].barh([name for name, _ in bars], [shown(*bar) for bar in bars], color=colours)
-    axes[0, 0].set_title("inference, real tokens/s")
-    axes[0, 0].tick_params(labelsize=7)
-    for axis, kind, label in (
-        (axes[0, 1], "length", "pieces in a sentence"),
-        (axes[1, 0], "batch", "sentences of 16 pieces in a batch"),
-    ):
-        rows = [row for row in parts.get("curves", {}).values() if row["curve"] == kind]
-        for side in ("minibert", "transformers"):
-            points = [(row["x"], rate(row)) for row in rows if row["side"] == side]
-            axis.plot(*zip(*points), "o-", label=side) if points else None
-        axis.set(xscale="log", xlabel=label, title="tokens/s")
-        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-        if rows:
-            axis.legend()
-        else:
-            axis.set_title("not run")
-    sized = [row for row in parts.get("memory", {}).values() if "sentences" in row]
-    axes[1, 1].plot([r["sentences"] for r in sized], [r["peak_mb"] for r in sized], "o-")
-    axes[1, 1].set(xscale="log", xlabel="sentences in the file", title="minibert tag, peak MB")
-    axes[1, 1].set_ylim(0, 1.1 * axes[1, 1].get_ylim()[1])
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
-
-
-def newest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The newest run on each kind of processor, by the name of its file; the latest run first."""
-    found: dict[tuple, tuple[str, dict[str, Any]]] = {}
-    paths = sorted(folder.glob("speed-*.json"), key=lambda path: path.stem[-10:])  # by their dates
+def newest(folder: Path) -> dict[str, Result]:
+    """The newest result of each kind of CPU by file name, the latest first."""
+    found: dict[tuple, tuple[str, Result]] = {}
+    paths = sorted(folder.glob("speed-*.json"), key=lambda path: path.stem[-10:])  # by date
     for path in reversed(paths):
         result = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault((machine(result), result["cpu"]["threads"]), (path.name, result))
     return dict(found.values())
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """The tables and the plot beside a result's JSON."""
-    write_text(path.with_suffix(".md"), page(result, path.name))
-    plot(result, path.with_suffix(".png"))
-
-
-def refresh_readme() -> None:
-    """The table in README.md, from the newest runs."""
-    runs.replace_section(runs.ROOT / "README.md", "speed", section(newest(runs.RESULTS)))
+def refresh() -> None:
+    """Regenerate both documents."""
+    results = newest(runs.RESULTS)
+    runs.replace_section(runs.ROOT / "README.md", "speed", summary(results))
+    runs.replace_section(runs.ROOT / "docs" / "speed.md", "speed", page(results))
 
 
 if __name__ == "__main__":
-    for path in runs.RESULTS.glob("speed-*.json"):
-        write(path, json.loads(path.read_text(encoding="utf-8")))
-    refresh_readme()
+    refresh()

@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def train(output: Path, *arguments: str) -> tuple[list[dict], float]:
-    """Run train.py; its ``metrics.jsonl`` and the seconds it took."""
+    """Run train.py; returns its ``metrics.jsonl`` and the seconds it took."""
     started = time.perf_counter()
     command = [sys.executable, ROOT / "train.py", "--output", output, *arguments]
     subprocess.run(command, check=True)
@@ -30,7 +30,7 @@ def train(output: Path, *arguments: str) -> tuple[list[dict], float]:
 
 
 def machine() -> dict:
-    """What the run ran on."""
+    """What a run ran on."""
     device = choose_device()
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
@@ -50,9 +50,9 @@ def keep(name: str, result: dict, folder: Path = RESULTS) -> Path:
 
 
 def replace_section(page: Path, name: str, text: str) -> None:
-    """Put ``text`` between the marks ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a page."""
+    """Put ``text`` between the markers ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a page."""
     before, mark, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     if not mark or not end:
-        raise SystemExit(f"{page} has no section {name}")
+        raise SystemExit(f"{page}: put <!-- {name} --> and <!-- /{name} --> around the section")
     write_text(page, f"{before}{mark}{text.rstrip()}\n{end}{after}")

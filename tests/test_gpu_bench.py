@@ -1,4 +1,4 @@
-"""The GPU benchmark's rehearsal: the same code on a CPU, on next to nothing."""
+"""A rehearsal of the GPU benchmark: the same code on a CPU with a tiny model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_models, runs, timing
+from benchmarks import gpu_bench, gpu_models, gpu_plan, runs
+from benchmarks.workload import like
 from minibert import BertConfig, BertForTokenClassification
 from minibert.files import MinibertError
 from minibert.text.batches import Example
@@ -17,15 +18,15 @@ from minibert.text.batches import Example
 
 def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(*_) -> None:
-        raise AssertionError("a rehearsal leaves nothing among the results")
+        raise AssertionError("a rehearsal writes no result")
 
     monkeypatch.setattr(runs, "keep", keep)
-    gpu_bench.main(["--tiny"])
+    assert gpu_bench.main(["--tiny"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["rehearsal"] is True
     assert all(value > 0 for value in result["ceiling"].values())
 
-    attention = result["attention"]
+    attention = result["attention"]["rows"]
     assert {row["path"] for row in attention} >= {"own kernels", "sdpa efficient, padded"}
     for row in attention:
         assert ("not_available" in row) != ("both_tflops" in row)
@@ -37,7 +38,7 @@ def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
     models = result["models"]
     assert models["weights"].startswith("random (seed 0), 1 layers of 32")
-    assert models["minibert_attention"] == "sdpa: asked for"
+    assert models["minibert_attention"] == "sdpa: requested"
     rows = models["rows"]
     sides = ["minibert sdpa, packed", "transformers sdpa, padded"]
     assert [row["model"] for row in rows] == 3 * sides
@@ -54,11 +55,11 @@ def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
             assert row["last_losses"] < row["first_loss"] < 2 * math.log(25)
 
 
-def test_a_checkpoint_is_taken_where_there_is_one(minilm: Path) -> None:
-    plan = gpu_bench.tiny()._replace(checkpoint="minilm")
+def test_a_checkpoint_is_used_where_there_is_one(minilm: Path) -> None:
+    plan = gpu_plan.tiny()._replace(checkpoint="minilm")
     ours, tokenizer, origin = gpu_models.checkpoint(plan, ("O", "B-TITLE", "I-TITLE"))
     assert origin == "minilm, new classifier"
-    theirs = gpu_models.like(ours).eval()
+    theirs = like(ours).eval()
     ids = torch.tensor([[tokenizer.cls_id, 2040, 2856, tokenizer.sep_id]])
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
@@ -73,7 +74,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def test_what_the_notebook_compares_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    plan = gpu_bench.full()
+    plan = gpu_plan.full()
     assert plan.lengths["128"] == 32 * [128]
     assert (plan.corpus, plan.attn, plan.dtype) == ("mit_movie", "fused", torch.float16)
 
@@ -83,7 +84,7 @@ def test_the_floor_of_bert_base() -> None:
     with torch.device("meta"):
         model = BertForTokenClassification(BertConfig(labels=("O",)))
     examples = [[Example((1,), (0,), 0, 0)]] * 24
-    ceiling = gpu_models.Ceiling(product_tflops=1.0, copy_gb_s=1000.0)
+    ceiling = gpu_plan.Ceiling(product_tflops=1.0, copy_gb_s=1000.0)
     floor = gpu_models.floor_of(model, ceiling, examples, training=False)
     assert floor["products_ms"] == pytest.approx(24 * 0.1699, rel=1e-3)
     assert floor["bytes_ms"] == pytest.approx(24 * 0.1699, rel=1e-3)
@@ -92,11 +93,3 @@ def test_the_floor_of_bert_base() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     linear = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 768
     assert trained["bytes_ms"] == pytest.approx(24 * (10 * linear + 36 * parameters) / 1e9)
-
-
-def test_things_are_timed_by_turns() -> None:
-    order: list[str] = []
-    steps = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = timing.interleaved(steps, 3, torch.device("cpu"), warm_up=1)
-    assert "".join(order) == "abababab"
-    assert {name: len(all_ms) for name, all_ms in times.items()} == {"a": 3, "b": 3}

@@ -20,7 +20,7 @@ from torch import Tensor
 from training_runs import tiny_model
 
 import train
-from benchmarks import gpu_bench, gpu_models
+from benchmarks import gpu_models
 from minibert import BertForTokenClassification
 from minibert.files import MinibertError
 from minibert.model import encoder
@@ -243,7 +243,7 @@ def test_the_gpu_benchmark_uses_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_models, "Recorder", lambda _device: Repeated())
     model = model_of("sdpa", dropout_p=0.1)
     model.bert.layers[0].attention.attend = by_starts
-    trainer = gpu_models._graphs_trainer(model, gpu_bench.tiny())
+    trainer = gpu_models.graphs_trainer(model, torch.float32)
     assert "AdamW" in trainer.adamw or "fused CPU kernel" in trainer.adamw
     losses = [float(trainer.step(batch_of([16, 16]))) for _ in range(40)]
     assert losses[-1] < losses[0]
