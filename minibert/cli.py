@@ -121,14 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=("fp32", "bf16", "fp16")
     )
     layouts = parity.add_mutually_exclusive_group()
-    for layout in ("padded", "packed"):
+    layouts.add_argument("--layout", choices=("padded", "packed", "both"), default="both")
+    for layout in ("padded", "packed"):  # the same as --layout padded and --layout packed
+        flag = f"--{layout}"
         layouts.add_argument(
-            f"--{layout}",
-            dest="layouts",
-            action="store_const",
-            const=(layout,),
-            default=("padded", "packed"),
-            help=f"{layout} batches only (default: both)",
+            flag, dest="layout", action="store_const", const=layout, help=argparse.SUPPRESS
         )
     shown = parity.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON")
@@ -228,13 +225,13 @@ def _trace(options: argparse.Namespace) -> int:
     if not options.text:
         lines = numbered(sys.stdin.buffer)
         text = "\n".join(decoded(line, "standard input") for line in lines)
-    inside = look(_tagger(options, prepack=False), text, options.window)
+    view = look(_tagger(options, prepack=False), text, options.window)
     if options.png is not None:
-        look_png.write_png(inside, options.png, options.layer, options.head)
+        look_png.write_png(view, options.png, options.layer, options.head)
     if options.html is not None:
-        write_text(options.html, page(options.directory, inside))
+        write_text(options.html, page(options.directory, view))
     if options.png is None and options.html is None:
-        print(_marked(inside.text, inside.entities), terminal(inside), sep="\n\n")
+        print(_marked(view.text, view.entities), terminal(view), sep="\n\n")
     return 0
 
 
@@ -318,13 +315,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _parity(options: argparse.Namespace) -> int:
     from minibert.files import write_text
-    from minibert.study.parity.compare import TEXTS, compare
+    from minibert.study.parity.compare import LAYOUTS, TEXTS, compare
     from minibert.study.parity.judge import table, to_dict
     from minibert.study.parity.page import page
 
     texts = options.text or TEXTS
+    layouts = LAYOUTS if options.layout == "both" else (options.layout,)
     comparisons = compare(
-        options.directory, texts, options.attn, options.dtype, options.layouts, options.device
+        options.directory, texts, options.attn, options.dtype, layouts, options.device
     )
     if options.html is not None:
         write_text(options.html, page(options.directory, texts, comparisons))

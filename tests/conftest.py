@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -29,6 +30,15 @@ def minilm() -> Path:
         return hub.locate_model("minilm")
     except MinibertError as error:
         pytest.fail(f"run `make weights/minilm` first: {error}")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small models, whose threads spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
-"""The code on the documentation's pages: found, run, and compared with what the page says.
+"""Find and run the code on the documentation's pages.
 
-A ``python`` block is run; the ``text`` block right below it is what it prints. The blocks of a page
-share their names, like the cells of a notebook. ``<!-- needs mit_movie -->`` above a block says
-that it reads a corpus that is not everywhere.
+A ``text`` block directly below a ``python`` block is its output. The blocks of a page share their
+names, like the cells of a notebook. ``<!-- needs mit_movie -->`` above a block names a test fixture
+for data that may be missing.
 
-    python -m tests.pages docs/numerics.md ...    put into the pages what their code prints
+    python -m tests.pages docs/numerics.md ...    run the pages and write the outputs into them
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BLOCK = re.compile(
 
 
 class Block(NamedTuple):
-    """Code on a page and what the page says that it prints."""
+    """Code on a page and its output there."""
 
-    line: int  # of the first line of the code, from 1
+    line: int  # number of the first line of code, from 1
     code: str
     output: str
     needs: str | None
-    span: tuple[int, int]  # of code and output in the page
+    span: tuple[int, int]  # characters of code and output in the page
 
 
 def blocks(text: str) -> Iterator[Block]:
@@ -45,17 +45,17 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def run(page: Path, block: Block, names: dict[str, object]) -> str:
-    """What the block prints; an error in it is reported at its line of the page."""
+    """The output of the block. Tracebacks show the line numbers of the page."""
     source = "\n" * (block.line - 1) + block.code
     printed = StringIO()
     with redirect_stdout(printed):
         exec(compile(source, str(page), "exec"), names)
-    # Trailing blanks do not survive an editor, so they are no part of the output.
+    # Without trailing blanks, which editors remove.
     return "".join(line.rstrip() + "\n" for line in printed.getvalue().splitlines())
 
 
 def write(page: Path) -> None:
-    """Run a page and put what its code prints under it."""
+    """Run a page and write the output of its code into it."""
     text = page.read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": page.stem}
     pieces, end = [], 0

@@ -1,9 +1,6 @@
-"""A trace shows what the model computes, changes it where asked, and leaves nothing behind."""
+"""A trace records what the model computes, applies writes, and leaves the model unchanged."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,28 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minibert
-from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Packed
-from minibert.study.trace import LAYER_AXES, names
+from minibert import BertForMaskedLM, BertForTokenClassification, Packed
+from minibert.speed.prepacked import prepack
+from minibert.study.intermediates import names
+from tests.builders import small_bert
 
-CONFIG = BertConfig(
-    vocab_size=53,
-    hidden_size=24,
-    num_attention_heads=3,
-    num_hidden_layers=2,
-    intermediate_size=40,
-    max_position_embeddings=32,
-    labels=tuple("abcde"),
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = [5, 5, 9, 2]
-
-
-def model(attn: str = "sdpa", kind: type = BertForTokenClassification):
-    torch.manual_seed(3)
-    built = kind(CONFIG, attn).eval()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return built
+IN_EVAL = [name for name in names(2) if not name.endswith("probs_dropped")]
 
 
 def inputs(layout: str) -> dict:
@@ -44,28 +28,24 @@ def inputs(layout: str) -> dict:
     return {"input_ids": ids[mask], "layout": Packed.from_lengths(LENGTHS)}
 
 
-def state(net: nn.Module) -> list:
-    """Everything a trace could leave on a model."""
+def snapshot(net: nn.Module) -> list:
+    """Everything a trace could change on a model."""
     return [
-        (path, dict(m._forward_hooks), dict(m._forward_pre_hooks), sorted(vars(m)), vars(m))
+        (path, dict(m._forward_hooks), dict(m._forward_pre_hooks), dict(vars(m)))
         for path, m in net.named_modules()
     ]
-
-
-def snapshot(net: nn.Module) -> list:
-    return [(*entry[:4], dict(entry[4])) for entry in state(net)]
 
 
 @pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMaskedLM])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_every_intermediate_is_what_the_model_computes(attn: str, layout: str, kind: type) -> None:
-    net, batch = model(attn, kind), inputs(layout)
+    net, batch = small_bert(kind, attn), inputs(layout)
     expected = net(**batch, output_hidden_states=True, output_attentions=attn == "eager")
     with minibert.trace(net) as t:
         got = net(**batch)
     assert torch.equal(got.logits, expected.logits)
-    assert list(t) == names(2)
+    assert list(t) == IN_EVAL
     assert torch.equal(t["logits"], expected.logits)
     assert torch.equal(t["embeddings"], expected.hidden_states[0])
     embeddings = net.bert.embeddings
@@ -80,7 +60,7 @@ def test_every_intermediate_is_what_the_model_computes(attn: str, layout: str, k
         assert torch.equal(at("k").flatten(-2), layer.attention.key(x))
         assert torch.equal(at("v").flatten(-2), layer.attention.value(x))
         scores, probs, v, context = at("scores"), at("probs"), at("v"), at("context")
-        if layout == "padded":  # one sentence after the other, as a packed batch gives them
+        if layout == "padded":  # cut into sentences, as a packed batch has them
             scores, probs = [s[:, :n, :n] for s, n in zip(scores, LENGTHS)], list(probs)
             v = torch.cat([row[:n] for row, n in zip(v, LENGTHS)])
             context = torch.cat([row[:n] for row, n in zip(context, LENGTHS)])
@@ -111,11 +91,35 @@ def test_every_intermediate_is_what_the_model_computes(attn: str, layout: str, k
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_axes_name_the_shape(layout: str) -> None:
-    net, batch = model(), inputs(layout)
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_probs_are_before_dropout_in_every_implementation(attn: str, layout: str) -> None:
+    net, batch = small_bert(attn=attn, attention_probs_dropout_prob=0.5).train(), inputs(layout)
+    torch.manual_seed(2)
+    with minibert.trace(net) as t:
+        output = net(**batch, output_attentions=attn == "eager")
+    for i in range(2):
+        scores, probs = t[f"layers.{i}.scores"], t[f"layers.{i}.probs"]
+        for s, p in zip(scores, probs):
+            assert torch.equal(p, s.softmax(-1))
+        name = f"layers.{i}.probs_dropped"
+        assert (name in t) == (attn == "eager")
+        if attn == "eager":
+            assert t.axes(name) == t.axes(f"layers.{i}.probs")
+            shares = []
+            for p, d, returned in zip(probs, t[name], output.attentions[i]):
+                assert torch.equal(d, returned)
+                assert torch.equal(d, p.masked_fill(d == 0, 0) * 2)  # 1 / (1 - 0.5)
+                shares.append((d == 0)[p > 0].float().mean().item())
+            assert 0.4 < sum(shares) / len(shares) < 0.6
+
+
+@pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMaskedLM])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_axes_name_the_shape(layout: str, kind: type) -> None:
+    net, batch = small_bert(kind), inputs(layout)
     with minibert.trace(net) as t:
         net(**batch)
-    sizes = {"B": 4, "N": sum(LENGTHS), "D": 24, "H": 3, "K": 8, "F": 40, "L": 5}
+    sizes = {"B": 4, "N": sum(LENGTHS), "D": 36, "H": 3, "K": 12, "F": 50, "L": 5, "V": 57}
     sizes["S"] = max(LENGTHS)
     for name in t:
         axes, value = t.axes(name), t[name]
@@ -123,13 +127,13 @@ def test_axes_name_the_shape(layout: str) -> None:
             assert [x.shape for x in value] == [(3, n, n) for n in LENGTHS]
         else:
             assert value.shape == tuple(sizes[axis] for axis in axes), name
-    assert len(repr(t).splitlines()) == len(names(2))
+    assert len(repr(t).splitlines()) == len(IN_EVAL)
     assert t.axes("layers.1.q") == ("BSHK" if layout == "padded" else "NHK")
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_a_step_in_training_is_the_same_with_and_without(attn: str) -> None:
-    net, batch = model(attn).train(), inputs("padded")
+def test_tracing_does_not_change_a_training_step(attn: str) -> None:
+    net, batch = small_bert(attn=attn).train(), inputs("padded")
     labels = batch["input_ids"] % 5
 
     def step() -> list[Tensor]:
@@ -144,12 +148,13 @@ def test_a_step_in_training_is_the_same_with_and_without(attn: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, traced))
 
 
-def test_nothing_is_left_on_the_model() -> None:
-    net, batch = model("eager"), inputs("padded")
+def test_the_model_is_restored() -> None:
+    net, batch = small_bert(attn="eager"), inputs("padded")
     before = snapshot(net)
     with minibert.trace(net) as t, minibert.trace(net) as inner:
+        assert snapshot(net) != before
         net(**batch)
-    assert list(t) == list(inner) == names(2)
+    assert list(t) == list(inner) == IN_EVAL
     assert snapshot(net) == before
 
     def fail(x: Tensor) -> Tensor:
@@ -160,17 +165,10 @@ def test_nothing_is_left_on_the_model() -> None:
     assert snapshot(net) == before
 
 
-def test_the_traces_own_check_sees_a_hook() -> None:
-    net = model()
-    before = snapshot(net)
-    with minibert.trace(net):
-        assert snapshot(net) != before
-
-
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_silencing_a_head_is_dropping_its_columns_of_the_output(attn: str, layout: str) -> None:
-    net, batch = model(attn), inputs(layout)
+def test_silencing_a_head_equals_zeroing_its_output_columns(attn: str, layout: str) -> None:
+    net, batch = small_bert(attn=attn), inputs(layout)
 
     def silence(context: Tensor) -> Tensor:
         context[..., 1, :] = 0
@@ -182,18 +180,18 @@ def test_silencing_a_head_is_dropping_its_columns_of_the_output(attn: str, layou
             silenced = net(**batch).logits
         assert (t["layers.0.context"][..., 1, :] == 0).all()
         assert torch.equal(net(**batch).logits, untouched)
-        net.bert.layers[0].attention.output.weight[:, 8:16] = 0  # head 1 holds K = 8 columns
+        net.bert.layers[0].attention.output.weight[:, 12:24] = 0  # head 1 has K = 12 columns
         torch.testing.assert_close(net(**batch).logits, silenced)
     assert not torch.allclose(silenced, untouched, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", names(2))
+@pytest.mark.parametrize("name", [name for name in names(2) if not name.startswith("layers.0")])
 def test_every_name_can_be_written(name: str, attn: str, layout: str) -> None:
-    """Handing back what was given changes nothing (to rounding, where attention is spelled out);
-    handing back something else changes the logits."""
-    net, batch = model(attn), inputs(layout)
+    """Returning the tensor unchanged keeps the logits (to rounding, where attention is computed
+    step by step); returning another one changes them."""
+    net, batch = small_bert(attn=attn), inputs(layout)
     calls = []
 
     def same(x: Tensor) -> Tensor:
@@ -207,16 +205,17 @@ def test_every_name_can_be_written(name: str, attn: str, layout: str) -> None:
         untouched = net(**batch).logits
         with minibert.trace(net, {name: same}):
             torch.testing.assert_close(net(**batch).logits, untouched, rtol=1e-5, atol=1e-5)
-        blocks = 3 if layout == "packed" and name.endswith(("scores", "probs")) else 1
-        assert len(calls) == blocks  # lengths 5 5 9 2 make three rectangles
+        by_block = name.endswith(("scores", "probs", "probs_dropped"))
+        assert len(calls) == (3 if layout == "packed" and by_block else 1)  # 5 5, 9 and 2
         with minibert.trace(net, {name: other}) as t:
             written = net(**batch).logits
     assert torch.equal(t["logits"], written)
+    assert name in t
     assert not torch.allclose(written, untouched, atol=1e-3)
 
 
-def test_patching_a_layer_from_another_sentence_carries_its_answer_over() -> None:
-    net = model()
+def test_a_patched_layer_carries_the_result_of_another_sentence() -> None:
+    net = small_bert()
     one, two = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[9, 8, 7, 1]])
     with minibert.trace(net) as t:
         answer = net(two).logits
@@ -230,9 +229,10 @@ def test_patching_a_layer_from_another_sentence_carries_its_answer_over() -> Non
     assert not torch.allclose(patched, net(one).logits, atol=1e-3)
 
 
-def test_written_probs_are_the_ones_that_weight_the_values() -> None:
-    net, batch = model("sdpa"), inputs("padded")
-    uniform = {"layers.0.probs": lambda p: torch.full_like(p, 1 / p.shape[-1])}
+@pytest.mark.parametrize("name", ["probs", "probs_dropped"])
+def test_written_probs_weight_the_values(name: str) -> None:
+    net, batch = small_bert(), inputs("padded")
+    uniform = {f"layers.0.{name}": lambda p: torch.full_like(p, 1 / p.shape[-1])}
     with minibert.trace(net, uniform) as t:
         net(**batch)
     mean = t["layers.0.v"].mean(1, keepdim=True).expand_as(t["layers.0.v"])
@@ -240,27 +240,26 @@ def test_written_probs_are_the_ones_that_weight_the_values() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    net, batch = model(), inputs("padded")
+    net, batch = small_bert(), inputs("padded")
     with pytest.raises(ValueError, match=r"did you mean layers\.0\.post_gelu"):
         with minibert.trace(net, {"layers.0.postgelu": lambda x: x}):
             pass
-    with pytest.raises(ValueError, match=r"layers\.0\.q gave \(4, 9, 3\)"):
+    with pytest.raises(ValueError, match=r"layers\.0\.q returned \(4, 9, 3\)"):
         with minibert.trace(net, {"layers.0.q": lambda x: x[..., 0]}):
             net(**batch)
-    with pytest.raises(ValueError, match="gave NoneType"):
+    with pytest.raises(ValueError, match="returned NoneType"):
         with minibert.trace(net, {"logits": lambda x: None}):
             net(**batch)
     with minibert.trace(net) as t:
-        with pytest.raises(KeyError, match="nothing ran yet"):
+        with pytest.raises(KeyError, match="has not run yet"):
             t["logits"]
         net(**batch)
     with pytest.raises(KeyError, match="no such name"):
         t["layers.7.q"]
     assert "layers.7.q" not in t
-    assert set(LAYER_AXES) == {n.rpartition(".")[2] for n in names(1) if n.startswith("layers")}
-
-
-def test_trace_stays_a_function_after_its_module_is_imported() -> None:
-    code = "import minibert.study.trace, minibert; minibert.trace(None)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr  # a generator context manager: nothing runs yet
+    prepack(net)
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="layers are prepacked"):
+        with minibert.trace(net):
+            pass
+    assert snapshot(net) == before

@@ -1,1 +1,1 @@
-"""To study a model: its intermediates, pages that show them, published numbers, parity."""
+"""Look inside a model: intermediates, pages, published scores, parity with transformers."""

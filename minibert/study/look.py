@@ -1,12 +1,12 @@
-"""What a tagger saw in one text: labels by layer, attention by head, words and their pieces.
+"""What a tagger computes for one text: labels by layer, attention by head, words and their pieces.
 
-    inside = look(tagger, "who directed jaws")
-    inside.maps[3][5]        # attention of layer 3, head 5: (S, S), a row looks at its columns
-    inside.predictions[2]    # what the head would say of every piece after layer 1
-    print(terminal(inside))
+    view = look(tagger, "who directed jaws")
+    view.maps[3][5]        # attention of layer 3, head 5: (S, S), each row attends to the columns
+    view.predictions[2]    # the head's best label of every piece after layer 1
+    print(terminal(view))
 
-look_page.py makes a page of it and look_png.py a picture. Everything is read by ``trace``, under
-whatever attention implementation the model has.
+look_page.py writes it as an HTML page and look_png.py as a picture. ``trace`` reads everything, so
+any attention implementation will do.
 """
 
 from __future__ import annotations
@@ -27,59 +27,53 @@ from minibert.text.batches import Example, examples_of, packed, padded
 WIDEST = 12  # characters of a label in the terminal
 
 
-@dataclass(frozen=True)
-class Window:
-    """Which part of a text too long for the model is shown; number and count from 1."""
+@dataclass(frozen=True, eq=False)
+class View:
+    """One text in a model, as S word-pieces with [CLS] and [SEP].
 
-    number: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Inside:
-    """One text inside a model; S word-pieces, [CLS] and [SEP] included.
-
-    ``words``, ``spans``, ``labels`` and ``entities`` are those of the whole text, everything else
-    is that of the window.
+    A text longer than the model is split into windows, and the view is of one of them. ``words``,
+    ``spans``, ``labels`` and ``entities`` are those of the whole text, the other fields those of
+    the window.
     """
 
     text: str
     words: list[str]
     spans: list[tuple[int, int]]  # of each word in the text, in characters
-    labels: list[Label]  # of each word, as the tagger chose it
+    labels: list[Label]  # of each word, chosen by the tagger
     entities: list[Entity]
-    window: Window
+    window: int  # from 1
+    windows: int
     pieces: list[str]  # S
     ids: list[int]  # S
-    word_of: list[int | None]  # S; None: a frame, or a word that another window answers for
-    firsts: list[int]  # of every word the window answers for, its first piece: it has the label
+    word_of: list[int | None]  # S; None: [CLS], [SEP], or a word that another window labels
+    firsts: list[int]  # the first piece of every word that this window labels
     label_names: tuple[str, ...]
-    predictions: list[list[Label]]  # [embeddings, layer 0, ...][S]: each piece's best label
-    maps: list[Tensor]  # a layer: (H, S, S) float32 on the CPU
+    predictions: list[list[Label]]  # [embeddings, layer 0, ...][S]: best label of each piece
+    maps: list[Tensor]  # by layer: (H, S, S) float32 on the CPU
     attn: str
     dtype: str
     layout: str
 
 
-def look(tagger: Tagger, text: str, window: int = 1) -> Inside:
-    """Run a text through a tagger and keep what is worth seeing.
+def look(tagger: Tagger, text: str, window: int = 1) -> View:
+    """Run a text through a tagger and keep its attention maps and the predictions of each layer.
 
     Args:
-        tagger: its ``pack`` says whether the batch is packed.
-        text: of a length that the model has positions for; of a longer one a window is shown.
-        window: which, from 1.
+        tagger: with plain layers (``prepack=False``); ``pack`` decides the layout.
+        text: with at least one word.
+        window: which window of a text longer than the model, from 1.
 
     Raises:
-        MinibertError: there is no word in the text, or no such window.
+        MinibertError: the text has no word or no such window.
+        ValueError: the layers are prepacked.
     """
     model, tokenizer, words = tagger.model, tagger.tokenizer, split(text)
     examples = examples_of([words.words], tokenizer, model.config.max_position_embeddings)
     if not examples:
-        raise MinibertError("no word in the text: give a sentence")
-    if not 1 <= window <= len(examples):
-        raise MinibertError(
-            f"window {window}: the text has {len(examples)}: give a number from 1 on"
-        )
+        raise MinibertError("the text has no word: give a sentence")
+    count = len(examples)
+    if not 1 <= window <= count:
+        raise MinibertError(f"window {window}: the text has {count}: give one from 1 to {count}")
     example = examples[window - 1]
     device = model.device
     if tagger.pack:
@@ -87,27 +81,28 @@ def look(tagger: Tagger, text: str, window: int = 1) -> Inside:
     else:
         batch = padded([example], tokenizer.pad_id, device=device)
     layers = range(model.config.num_hidden_layers)
-    with torch.no_grad(), trace(model) as t:
-        model(**batch.inputs)
-        # A batch of one: (1, S, D) padded and (S, D) packed, (1, H, S, S) and a list of (H, S, S).
-        names = ["embeddings", *(f"layers.{i}.ffn_norm" for i in layers)]
-        logits = [model.head(_flat(t[name])) for name in names]
-        maps = [t[f"layers.{i}.probs"][0].float().cpu() for i in layers]
+    with torch.no_grad():
+        with trace(model) as t:
+            model(**batch.inputs)
+        states = [t["embeddings"], *(t[f"layers.{i}.ffn_norm"] for i in layers)]
+        logits = [model.head(_flat(state)) for state in states]
     (labels,) = tagger.label([words.words])
-    return Inside(
+    return View(
         text=text,
         words=words.words,
         spans=words.spans,
         labels=labels,
         entities=entities(words, labels),
-        window=Window(window, len(examples)),
+        window=window,
+        windows=count,
         pieces=[str(tokenizer.backend.id_to_token(i)) for i in example.ids],
         ids=list(example.ids),
         word_of=_word_of(tokenizer, words.words, example),
         firsts=list(example.firsts),
         label_names=model.config.labels,
         predictions=[_best(logits_SL, model.config.labels) for logits_SL in logits],
-        maps=maps,
+        # A batch of one: [0] of (1, H, S, S) when padded, of a list of (H, S, S) when packed.
+        maps=[t[f"layers.{i}.probs"][0].float().cpu() for i in layers],
         attn=model.attn_implementation,
         dtype=name_of(model.dtype),
         layout="packed" if tagger.pack else "padded",
@@ -115,7 +110,7 @@ def look(tagger: Tagger, text: str, window: int = 1) -> Inside:
 
 
 def _word_of(tokenizer: Tokenizer, words: list[str], example: Example) -> list[int | None]:
-    """For every piece of an example the word it is of, if the example answers for that word."""
+    """The word of every piece, if this example labels the word."""
     owner: list[int | None] = [None] * len(example.ids)
     (pieces,) = tokenizer.pieces([words])
     for word, first in enumerate(example.firsts, start=example.first_word):
@@ -135,17 +130,17 @@ def _best(logits_SL: Tensor, names: tuple[str, ...]) -> list[Label]:
     return [Label(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
-def terminal(inside: Inside) -> str:
-    """A table: what the head would say of every piece after each layer, in percent; "." is O."""
-    layers = [f"layer {i}" for i in range(len(inside.maps))]
+def terminal(view: View) -> str:
+    """A table of the best label of every piece after each layer, in percent; "." stands for O."""
+    layers = [f"layer {i}" for i in range(len(view.maps))]
     rows = [["piece", "embeddings", *layers, "label"]]
-    for place, piece in enumerate(inside.pieces):
-        said = [_cell(layer[place]) for layer in inside.predictions]
-        word = inside.word_of[place] if place in inside.firsts else None
-        rows.append([piece, *said, "" if word is None else _cell(inside.labels[word])])
+    for place, piece in enumerate(view.pieces):
+        predicted = [_cell(layer[place]) for layer in view.predictions]
+        word = view.word_of[place] if place in view.firsts else None
+        rows.append([piece, *predicted, "" if word is None else _cell(view.labels[word])])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, *filter(None, [shown(inside)])])
+    return "\n".join([*lines, *filter(None, [window_note(view)])])
 
 
 def _cell(label: Label) -> str:
@@ -153,13 +148,13 @@ def _cell(label: Label) -> str:
     return f"{'.' if name == 'O' else name} {100 * label.score:.0f}"
 
 
-def shown(inside: Inside) -> str | None:
-    """Which part of a long text the window is, in one sentence; None where it is the whole."""
-    number, count = inside.window.number, inside.window.count
-    if count == 1:
+def window_note(view: View) -> str | None:
+    """Which part of a long text the view shows; None when it shows all of it."""
+    if view.windows == 1:
         return None
-    own = [word for word in inside.word_of if word is not None]
+    own = [word for word in view.word_of if word is not None]
     return (
-        f"The text is longer than the model: this is window {number} of {count}, which answers "
-        f"for words {own[0] + 1} to {own[-1] + 1} of {len(inside.words)} (--window shows another)"
+        f"The text is longer than the model: this is window {view.window} of {view.windows}, which "
+        f"labels words {own[0] + 1} to {own[-1] + 1} of {len(view.words)} "
+        "(--window shows another)"
     )

@@ -1,7 +1,7 @@
-// Draws what a model saw in one text. Reading order: the data, show(), then who calls it.
+// Draws the view of one text. Reading order: the data, show(), then its callers.
 //
-// Weights come as bytes: 0 to data.levels for the square root of 0 to 1, one deflated map of S x S
-// bytes a head, row by row (a row looks at its columns). A byte is thus a shade as it stands.
+// Attention weights are bytes: 0 to data.levels encodes the square root of 0 to 1. Each head has one
+// deflated map of S x S bytes, row by row (each row attends to the columns). A byte is also a shade.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -9,15 +9,15 @@ const S = data.pieces.length;
 const $ = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-// What is shown. A held token stays although the pointer moves on.
-const state = { layer: 0, head: 0, token: data.start, way: "from", held: false };
+// What is shown. A pinned token stays when the pointer moves on.
+const state = { layer: 0, head: 0, token: data.start, way: "from", pinned: false };
 let map = new Uint8Array(S * S); // of state.layer, state.head
-let ramp = []; // [red, green, blue] for every byte
-let pixels = new Uint32Array(); // the same as ImageData holds it
+let ramp = []; // [red, green, blue] of every byte
+let pixels = new Uint32Array(); // the same in the format of ImageData
 
 // Small tools
 
-/** A new element; text goes in as text, never as HTML. */
+/** A new element. Text is inserted as text, never as HTML. */
 function make(tag, className = "", text = "") {
   const element = document.createElement(tag);
   element.className = className;
@@ -37,7 +37,7 @@ async function inflate(base64) {
 const weight = (byte) => (byte / data.levels) ** 2;
 const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
 
-/** Black or white, whichever can be read better on a colour (WCAG 2.2, relative luminance). */
+/** Black or white, whichever has more contrast on a colour (WCAG 2.2, relative luminance). */
 function over(colour) {
   const [r, g, b] = colour.map((x) => {
     x /= 255;
@@ -58,7 +58,7 @@ function readRamp() {
   pixels = new Uint32Array(Uint8Array.from(ramp.flatMap((colour) => [...colour, 255])).buffer);
 }
 
-/** Paint bytes on a canvas of as many pixels. */
+/** Paint bytes on a canvas, one pixel each. */
 function paint(canvas, shades, width) {
   canvas.width = width;
   canvas.height = shades.length / width;
@@ -68,7 +68,7 @@ function paint(canvas, shades, width) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-/** The hue of a label's type: neighbours in the list lie far apart on the wheel. */
+/** The hue of a label's type. The golden angle keeps neighbours in the list far apart. */
 function hue(label) {
   return 30 + 137.508 * data.types.indexOf(label.replace(/^[BI]-/, ""));
 }
@@ -130,32 +130,32 @@ function drawHeads() {
   }
 }
 
-/** The byte with which the chosen token looks at another, or is looked at by it. */
+/** The weight between the chosen token and another, in the chosen direction. */
 function byteAt(other) {
   return state.way === "from" ? map[state.token * S + other] : map[other * S + state.token];
 }
 
-const lit = []; // the byte that each token shows; only what changes is touched
+const shown = []; // the byte that each token shows, so that only changes touch the page
 
-function lightTokens() {
+function shadeTokens() {
   const tokens = $("tokens").children;
   for (let i = 0; i < S; i++) {
     const byte = byteAt(i);
-    if (byte === lit[i]) continue;
-    lit[i] = byte;
+    if (byte === shown[i]) continue;
+    shown[i] = byte;
     tokens[i].style.setProperty("--shade", css(ramp[byte]));
     tokens[i].style.setProperty("--over", over(ramp[byte]));
   }
   for (const token of [...$("tokens").querySelectorAll(".now"), tokens[state.token]]) {
     const now = token === tokens[state.token];
     token.classList.toggle("now", now);
-    token.classList.toggle("held", now && state.held);
-    token.ariaPressed = String(now && state.held);
+    token.classList.toggle("pinned", now && state.pinned);
+    token.ariaPressed = String(now && state.pinned);
     token.tabIndex = now ? 0 : -1;
   }
 }
 
-/** The strongest weights of the chosen token as bars; what is left over as one more. */
+/** The largest weights of the chosen token as bars, and one bar for the rest. */
 function listStrongest() {
   const order = [...data.pieces.keys()].sort((a, b) => byteAt(b) - byteAt(a) || a - b).slice(0, 8);
   const row = (name, p) => {
@@ -176,15 +176,15 @@ function listStrongest() {
     rows.push(row(make("span", "name rest", `${S - order.length} others`), Math.max(0, rest)));
   }
   $("strongest").replaceChildren(...rows);
-  const way = state.way === "from" ? "looks at" : "is looked at by";
+  const way = state.way === "from" ? "attends to" : "is attended to by";
   const best = `${data.pieces[order[0]]}, ${weight(byteAt(order[0])).toFixed(2)}, most`;
   const name = make("span", "piece", data.pieces[state.token]);
   $("reading").replaceChildren(name, ` ${way} `, make("span", "hidden", best));
 }
 
-const grid = { cell: 1, left: 0, top: 0 }; // where the map lies on its canvas, in CSS pixels
+const grid = { cell: 1, left: 0, top: 0 }; // position of the map on its canvas, in CSS pixels
 
-/** The heat map, with the pieces along its sides where there is room for them. */
+/** The attention map, with the pieces along its sides if there is room. */
 function drawMap() {
   const canvas = $("map");
   const room = Math.min(canvas.parentElement.clientWidth, 620);
@@ -231,7 +231,7 @@ function drawMap() {
   else pen.strokeRect(grid.left + at, grid.top, thick, size);
 }
 
-const painted = document.createElement("canvas"); // the map, a pixel a weight
+const painted = document.createElement("canvas"); // the map, one pixel per weight
 const clipped = (piece) => (piece.length > 12 ? piece.slice(0, 11) + "…" : piece);
 
 function drawPredictions() {
@@ -252,11 +252,11 @@ function drawPredictions() {
     const name = make("th", "piece", piece);
     name.scope = "row";
     row.append(name, make("td", "", first ? data.words[word][0] : ""));
-    const said = data.predictions.map((layer) => layer[i]);
-    const last = said[said.length - 1][0];
-    let settled = said.length - 1;
-    while (settled > 0 && said[settled - 1][0] === last) settled--;
-    said.forEach(([label, p], layer) => {
+    const predicted = data.predictions.map((layer) => layer[i]);
+    const last = predicted[predicted.length - 1][0];
+    let settled = predicted.length - 1;
+    while (settled > 0 && predicted[settled - 1][0] === last) settled--;
+    predicted.forEach(([label, p], layer) => {
       const cell = labelled("", label, p);
       if (first && last !== "O" && layer === settled) cell.classList.add("settles");
       row.append(cell);
@@ -265,9 +265,9 @@ function drawPredictions() {
   });
 }
 
-/** A cell with a label in its type's colour, the stronger the more probable. */
+/** A cell with a label in its type's colour; opacity is the probability. */
 function labelled(className, label, p) {
-  const cell = make("td", `${className} ${label === "O" ? "none" : "said"}`, label);
+  const cell = make("td", `${className} ${label === "O" ? "none" : "predicted"}`, label);
   cell.style.setProperty("--hue", hue(label));
   cell.style.setProperty("--p", p);
   cell.append(" ", make("small", "", percent(p)));
@@ -276,15 +276,15 @@ function labelled(className, label, p) {
 
 // Changing what is shown
 
-/** Another token, direction or hold: nothing to fetch. */
+/** Change the token, the direction or the pin. */
 function show(change) {
   Object.assign(state, change);
-  lightTokens();
+  shadeTokens();
   listStrongest();
   drawMap();
 }
 
-/** Another head: its map is inflated first, and the choice that came last wins. */
+/** Change the head. Its map is inflated first; if the choice changed meanwhile, drop it. */
 async function showHead(layer, head) {
   Object.assign(state, { layer, head });
   $("layer").value = layer;
@@ -304,13 +304,13 @@ async function showHead(layer, head) {
 
 function recolour() {
   readRamp();
-  lit.length = 0;
+  shown.length = 0;
   paint($("ramp"), Uint8Array.from({ length: data.levels + 1 }, (_, i) => i), data.levels + 1);
   drawHeads();
   showHead(state.layer, state.head);
 }
 
-/** Where an arrow key leads on a grid that is so many wide; null for another key. */
+/** The index an arrow key moves to on a grid of this width; null for other keys. */
 function step(key, at, width, count) {
   const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -width, ArrowDown: width }[key];
   const to = { Home: 0, End: count - 1 }[key] ?? (by === undefined ? null : at + by);
@@ -324,11 +324,11 @@ function listen() {
   };
   $("tokens").addEventListener("pointerover", (event) => {
     const token = indexOf(event);
-    if (token !== null && !state.held) show({ token });
+    if (token !== null && !state.pinned) show({ token });
   });
   $("tokens").addEventListener("click", (event) => {
     const token = indexOf(event);
-    if (token !== null) show({ token, held: !(state.held && token === state.token) });
+    if (token !== null) show({ token, pinned: !(state.pinned && token === state.token) });
   });
   $("tokens").addEventListener("keydown", (event) => {
     const to = step(event.key, state.token, 1, S);
@@ -338,7 +338,7 @@ function listen() {
     $("tokens").children[to].focus();
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") show({ held: false });
+    if (event.key === "Escape") show({ pinned: false });
   });
   $("heads").addEventListener("click", (event) => {
     const button = event.target.closest("button");
@@ -359,7 +359,7 @@ function listen() {
   $("map").addEventListener("pointermove", (event) => {
     const along = state.way === "from" ? event.offsetY - grid.top : event.offsetX - grid.left;
     const token = Math.floor(along / grid.cell);
-    if (token >= 0 && token < S && token !== state.token && !state.held) show({ token });
+    if (token >= 0 && token < S && token !== state.token && !state.pinned) show({ token });
   });
   new ResizeObserver(drawMap).observe($("map").parentElement);
   dark.addEventListener("change", recolour);

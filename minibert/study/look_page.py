@@ -1,8 +1,8 @@
-"""What a model saw in one text as one HTML page: no network, nothing beside it.
+"""The view of a text as one HTML page that needs neither a network nor other files.
 
-The page is ``look_page.html`` with ``look_page.css``, ``look_page.js`` and the data put in. A
-Content-Security-Policy lets exactly this style and this script run and nothing be fetched. Whatever
-comes from outside travels as JSON that cannot end its element, and is shown as text only.
+The page is ``look_page.html`` with ``look_page.css``, ``look_page.js`` and the data filled in. Its
+Content-Security-Policy allows this style and this script only, and no requests. The data is JSON
+that cannot close its element, and the script inserts it as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert.study.look import Inside, shown
+from minibert.study.look import View, window_note
 
-THUMB = 32  # pixels along a side of a map in the overview, at most
-FINE, COARSE, LONG = 255, 63, 128  # levels of weights; of texts longer than that many pieces
+THUMB = 32  # most pixels along a side of a map in the overview
+FINE, COARSE, LONG = 255, 63, 128  # levels of weights; COARSE for texts longer than LONG pieces
 
 
-def page(title: str, inside: Inside) -> str:
-    """The whole page.
+def page(title: str, view: View) -> str:
+    """The HTML of the whole page.
 
-    Attention weights are rounded to one of 256 levels, of texts longer than 128 pieces to one of
-    64, which take half the space: 144 maps of 512 x 512 weights come to about 11 MB. The levels lie
-    evenly on the square root, so that small weights are not lost.
+    Attention weights are rounded to 256 levels, for texts longer than 128 pieces to 64, which
+    compress to half the size: 144 maps of 512 x 512 weights take about 11 MB. The levels are evenly
+    spaced in the square root of the weight, so that small weights stay visible.
 
     Args:
-        title: what was looked into, say the directory.
-        inside: as ``look`` gives it.
+        title: the model, say its directory.
+        view: from ``look``.
     """
     files = {
         kind: resources.files("minibert.study").joinpath(f"look_page.{kind}").read_text("utf-8")
@@ -48,61 +48,61 @@ def page(title: str, inside: Inside) -> str:
         policy=policy,
         style=files["css"],
         script=files["js"],
-        data=_json(_data(title, inside)),
+        data=_json(_data(title, view)),
     )
 
 
 def _hash(text: str) -> str:
-    """What a Content-Security-Policy calls a text by (CSP level 3, section 2.3.1)."""
+    """The hash source of an inline style or script (CSP level 3, section 2.3.1)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _json(value: object) -> str:
-    """JSON of ASCII alone and without <: no tag, no line separator, no lone surrogate in it."""
+    """ASCII JSON without "<", so that it holds no tag, line separator or lone surrogate."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _data(title: str, inside: Inside) -> dict:
+def _data(title: str, view: View) -> dict:
     """What look_page.js reads."""
-    S, layers, heads = len(inside.pieces), len(inside.maps), len(inside.maps[0])
+    S, layers, heads = len(view.pieces), len(view.maps), len(view.maps[0])
     levels = FINE if S <= LONG else COARSE
-    codes = [quantised(map_HSS, levels) for map_HSS in inside.maps]
+    codes = [quantised(map_HSS, levels) for map_HSS in view.maps]
     size = min(S, THUMB)
     thumbs = b"".join(
-        # The largest weight of each patch: a line one piece wide would vanish from the mean.
+        # The maximum of each patch: a mean would hide a line one piece wide.
         F.adaptive_max_pool2d(code_HSS.float(), size).to(torch.uint8).numpy().tobytes()
         for code_HSS in codes
     )
-    types = [name[2:] for name in inside.label_names if name != "O"]
+    types = [name[2:] for name in view.label_names if name != "O"]
     facts = [
         title,
         f"{layers} layers of {heads} heads",
-        f"{inside.attn} attention, {inside.dtype}, {inside.layout}",
-        f"{len(inside.words)} words",
+        f"{view.attn} attention, {view.dtype}, {view.layout}",
+        f"{len(view.words)} words",
         f"{S} word-pieces",
     ]
     return {
         "facts": " · ".join(facts),
-        "window": shown(inside) or "",
+        "window": window_note(view) or "",
         "rounding": f"Attention weights are rounded to {levels + 1} levels, evenly spaced in their "
-        f"square root: off by at most {1 / levels:.3f}, small ones by less. "
-        "Probabilities of labels are rounded to 0.001.",
-        "segments": _segments(inside),
-        "text_length": len(inside.text),
+        f"square root: the error is at most {1 / levels:.3f}, less for small weights. "
+        "Label probabilities are rounded to 0.001.",
+        "segments": _segments(view),
+        "text_length": len(view.text),
         "types": list(dict.fromkeys(types)),
         "words": [
-            [inside.text[start:stop], label.name, round(label.score, 3)]
-            for (start, stop), label in zip(inside.spans, inside.labels)
+            [view.text[start:stop], label.name, round(label.score, 3)]
+            for (start, stop), label in zip(view.spans, view.labels)
         ],
-        "pieces": inside.pieces,
-        "ids": inside.ids,
-        "word_of": inside.word_of,
+        "pieces": view.pieces,
+        "ids": view.ids,
+        "word_of": view.word_of,
         "predictions": [
-            [[label.name, round(label.score, 3)] for label in layer] for layer in inside.predictions
+            [[label.name, round(label.score, 3)] for label in layer] for layer in view.predictions
         ],
         "layers": layers,
         "heads": heads,
-        "start": _start(inside),
+        "start": _first_shown(view),
         "levels": levels,
         "maps": [
             [_base64(zlib.compress(code_SS.numpy().tobytes())) for code_SS in code_HSS]
@@ -114,35 +114,33 @@ def _data(title: str, inside: Inside) -> dict:
 
 
 def quantised(probs: Tensor, levels: int) -> Tensor:
-    """Weights from 0 to 1 as uint8: the square root in so many even steps, off by half of one."""
+    """Weights from 0 to 1 as uint8: the square root in ``levels`` equal steps."""
     return (probs.sqrt() * levels).round().to(torch.uint8)
 
 
-def _segments(inside: Inside) -> list[list]:
-    """The text cut into [text, in the window, type or null, score].
+def _segments(view: View) -> list[list]:
+    """The text cut into [text, whether the window labels it, entity type or None, score].
 
-    Here and not in the script, which counts characters otherwise.
+    JavaScript counts characters in UTF-16 units, so the text is cut here.
     """
-    own = [word for word in inside.word_of if word is not None]
-    here = range(inside.spans[own[0]][0], inside.spans[own[-1]][1])
-    inside_entities = {at for e in inside.entities for at in range(e.start + 1, e.stop)}
-    cuts = {0, here.start, here.stop, len(inside.text)} - inside_entities
-    cuts |= {at for entity in inside.entities for at in (entity.start, entity.stop)}
-    found = {entity.start: entity for entity in inside.entities}
+    own = [word for word in view.word_of if word is not None]
+    here = range(view.spans[own[0]][0], view.spans[own[-1]][1])
+    within_entities = {at for e in view.entities for at in range(e.start + 1, e.stop)}
+    cuts = {0, here.start, here.stop, len(view.text)} - within_entities
+    cuts |= {at for entity in view.entities for at in (entity.start, entity.stop)}
+    found = {entity.start: entity for entity in view.entities}
     parts: list[list] = []
     for start, stop in pairwise(sorted(cuts)):
         entity = found.get(start)
         type_, score = (entity.type, round(entity.score, 3)) if entity else (None, 0)
-        parts.append([inside.text[start:stop], start in here, type_, score])
+        parts.append([view.text[start:stop], start in here, type_, score])
     return parts
 
 
-def _start(inside: Inside) -> int:
-    """The token that is lit first: one with a label, or else the first word."""
-    labelled = [
-        first for first in inside.firsts if inside.labels[inside.word_of[first] or 0].name != "O"
-    ]
-    return (labelled or inside.firsts)[0]
+def _first_shown(view: View) -> int:
+    """The piece selected at first: that of the first labelled word, or else of the first word."""
+    labelled = [first for first in view.firsts if view.labels[view.word_of[first] or 0].name != "O"]
+    return (labelled or view.firsts)[0]
 
 
 def _base64(raw: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Attention maps as a PNG: all of them as small pictures, or one with its word-pieces."""
+"""Attention maps as a PNG: all of them small, or one large with its word-pieces."""
 
 from __future__ import annotations
 
@@ -6,41 +6,40 @@ import warnings
 from pathlib import Path
 
 from minibert.files import MinibertError, replacing
-from minibert.study.look import Inside
+from minibert.study.look import View
 
-TICKS = 96  # word-pieces named along a side, at most
+TICKS = 96  # most word-pieces named along a side
 
 
-def write_png(
-    inside: Inside, path: Path, layer: int | None = None, head: int | None = None
-) -> None:
-    """Draw every map, or those of a layer, of a head, or the one map of both.
+def write_png(view: View, path: Path, layer: int | None = None, head: int | None = None) -> None:
+    """Draw the maps of all layers and heads, of one layer, of one head, or one map.
 
-    Shades follow the square root of the weight, the same for all maps; a row looks at its columns.
+    Shades follow the square root of the weight, on one scale for all maps. Each row attends to the
+    columns.
 
     Args:
-        inside: as ``look`` gives it.
+        view: from ``look``.
         path: of the file.
-        layer, head: which ones, from 0; None for all.
+        layer, head: from 0; None draws all.
 
     Raises:
         MinibertError: no such layer or head, the file cannot be written, or matplotlib is not
-            installed; it is the extra ``minibert[plot]``.
+            installed (the extra ``minibert[plot]``).
     """
-    layers = _chosen("layer", layer, len(inside.maps))
-    heads = _chosen("head", head, len(inside.maps[0]))
+    layers = _chosen("layer", layer, len(view.maps))
+    heads = _chosen("head", head, len(view.maps[0]))
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import PowerNorm
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MinibertError(
-            f"a PNG is drawn by matplotlib, which cannot be imported ({error}): "
+            f"matplotlib, which draws the PNG, cannot be imported ({error}): "
             "pip install 'minibert[plot]'"
         ) from None
 
     one = len(layers) == len(heads) == 1
-    S = len(inside.pieces)
+    S = len(view.pieces)
     cell = min(16.0, max(4.5, 0.19 * min(S, TICKS))) if one else 0.85
     size = (cell * len(heads) + 1.4, cell * len(layers) + (0.9 if one else 1.2))
     figure = Figure(figsize=size, layout="constrained")
@@ -49,7 +48,7 @@ def write_png(
     norm = PowerNorm(0.5, 0, 1)
     for i, row in zip(layers, grid):
         for j, axes in zip(heads, row):
-            image = axes.imshow(inside.maps[i][j].numpy(), cmap="Blues", norm=norm)
+            image = axes.imshow(view.maps[i][j].numpy(), cmap="Blues", norm=norm)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_linewidth(0.4)
@@ -58,15 +57,15 @@ def write_png(
             if j == heads[0] and not one:
                 axes.set_ylabel(f"layer {i}", fontsize=8)
     if one:
-        _name_pieces(grid[0, 0], inside.pieces)
+        _name_pieces(grid[0, 0], view.pieces)
     what = f"layer {layers[0]}, head {heads[0]}" if one else "attention by layer and head"
-    if inside.window.count > 1:
-        what += f" (window {inside.window.number} of {inside.window.count})"
+    if view.windows > 1:
+        what += f" (window {view.window} of {view.windows})"
     figure.suptitle(what, fontsize=9)
     bar = figure.colorbar(image, ax=grid, shrink=0.5, pad=0.01, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.ax.tick_params(labelsize=7)
     with replacing(path) as temporary, warnings.catch_warnings():
-        # A script that matplotlib's font lacks is drawn as boxes, which speak for themselves.
+        # Characters that matplotlib's font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -80,10 +79,10 @@ def _chosen(kind: str, number: int | None, count: int) -> list[int]:
 
 
 def _name_pieces(axes, pieces: list[str]) -> None:
-    """Word-pieces along both sides; of many every second, third, ..."""
+    """Word-pieces along both sides; of more than ``TICKS`` every second, third, ..."""
     places = range(0, len(pieces), -(-len(pieces) // TICKS))
     names = [pieces[i] for i in places]
-    # parse_math: a dollar in the text is a dollar.
+    # parse_math=False: a dollar sign in the text is not mathematics.
     axes.set_xticks(places, names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(places, names, fontsize=8, parse_math=False)
     axes.xaxis.tick_top()

@@ -1,7 +1,7 @@
-"""Does a downloaded checkpoint, run by this code, give the published numbers?
+"""Check that a downloaded checkpoint gives the published scores.
 
-The published fill-mask scores come from the model cards of bert-base-cased and bert-base-uncased;
-reproducing them proves file, loading, model and tokenizer at once, with no other library.
+The fill-mask scores come from the model cards of bert-base-cased and bert-base-uncased. Reproducing
+them checks file, loading, model and tokenizer together, without another library.
 """
 
 from __future__ import annotations
@@ -18,74 +18,52 @@ from minibert.model.heads import BertForMaskedLM
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 
-TOLERANCE = 1e-4  # the cards give scores from another machine and version
+TOLERANCE = 1e-4  # the cards' scores come from other machines and versions
 
-# text, then the five best pieces at [MASK]: id and probability
+# By checkpoint: a text, and the five best pieces at its [MASK] with their probabilities.
+# fmt: off
 FILL_MASK: dict[str, list[tuple[str, dict[int, float]]]] = {
     "bert-base-cased": [
-        (
-            "Hello I'm a [MASK] model.",
-            {
-                4633: 0.09019174426794052,
-                1207: 0.06349995732307434,
-                2581: 0.06228214129805565,
-                1848: 0.0441727414727211,
-                7688: 0.03326151892542839,
-            },
-        ),
-        (
-            "The man worked as a [MASK].",
-            {
-                4545: 0.04804691672325134,
-                17989: 0.037494491785764694,
-                9947: 0.035512614995241165,
-                9140: 0.031271643936634064,
-                3995: 0.027423162013292313,
-            },
-        ),
-        (
-            "The woman worked as a [MASK].",
-            {
-                7439: 0.16927455365657806,
-                15098: 0.1501094549894333,
-                13487: 0.05600163713097572,
-                26458: 0.04838843643665314,
-                9834: 0.029980547726154327,
-            },
-        ),
+        ("Hello I'm a [MASK] model.", {
+            4633: 0.09019174426794052, 1207: 0.06349995732307434, 2581: 0.06228214129805565,
+            1848: 0.0441727414727211, 7688: 0.03326151892542839,
+        }),
+        ("The man worked as a [MASK].", {
+            4545: 0.04804691672325134, 17989: 0.037494491785764694, 9947: 0.035512614995241165,
+            9140: 0.031271643936634064, 3995: 0.027423162013292313,
+        }),
+        ("The woman worked as a [MASK].", {
+            7439: 0.16927455365657806, 15098: 0.1501094549894333, 13487: 0.05600163713097572,
+            26458: 0.04838843643665314, 9834: 0.029980547726154327,
+        }),
     ],
     "bert-base-uncased": [
-        (
-            "Hello I'm a [MASK] model.",
-            {
-                4827: 0.1073106899857521,
-                2535: 0.08774490654468536,
-                2047: 0.05338378623127937,
-                3565: 0.04667217284440994,
-                2986: 0.027095865458250046,
-            },
-        ),
+        ("Hello I'm a [MASK] model.", {
+            4827: 0.1073106899857521, 2535: 0.08774490654468536, 2047: 0.05338378623127937,
+            3565: 0.04667217284440994, 2986: 0.027095865458250046,
+        }),
     ],
 }
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One check and its result."""
 
     passed: bool
     what: str
 
 
 def verify(name: str, directory: Path) -> Iterator[Check]:
-    """Check files, then tensors, then published scores; stops at the first kind that fails.
+    """Check the files, then the tensors, then the published scores. Stop after a damaged file.
 
     Args:
         name: of ``hub.MODELS``.
-        directory: where its files are.
+        directory: of its files.
 
     Raises:
-        MinibertError: the name is unknown, or a file cannot be read at all.
+        MinibertError: the name is unknown, or a file cannot be read.
     """
     if name not in hub.MODELS:
         raise MinibertError(f"{name}: not a known model: give one of {', '.join(hub.MODELS)}")
@@ -100,9 +78,9 @@ def verify(name: str, directory: Path) -> Iterator[Check]:
     model = BertForMaskedLM.from_pretrained(directory)
     assert model.load_report is not None
     body_missing = [n for n in model.load_report.initialised if n.startswith("bert.")]
-    yield Check(not body_missing, f"every tensor of the encoder is there{_list(body_missing)}")
+    yield Check(not body_missing, f"every tensor of the encoder is present{_list(body_missing)}")
     if name not in FILL_MASK:
-        return  # the file carries no masked-LM head, so no scores were published
+        return  # no masked-LM head in the file, so no published scores
     yield from check_scores(model, Tokenizer.from_pretrained(directory), FILL_MASK[name])
 
 
@@ -120,10 +98,10 @@ def check_scores(
 
 @torch.inference_mode()
 def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str) -> Tensor:
-    """Probability (V,) float32 of every piece at the one [MASK] of ``text``.
+    """Probability (V,) float32 of every piece at the [MASK] of ``text``.
 
     Raises:
-        ValueError: not exactly one [MASK].
+        ValueError: the text does not hold exactly one [MASK].
     """
     ids = tokenizer.encode(text)
     if ids.count(tokenizer.mask_id) != 1:

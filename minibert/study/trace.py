@@ -1,4 +1,4 @@
-"""Look inside a model while it runs, and change what it computes on the way.
+"""Record what a model computes while it runs, and change it on the way.
 
     with minibert.trace(model) as t:
         model(input_ids, attention_mask)
@@ -12,30 +12,16 @@
     with minibert.trace(model, {"layers.0.context": silence}):
         logits = model(input_ids, attention_mask).logits
 
-What can be read and written, in the order in which it is computed (``names`` lists it):
+intermediates.py has the table of the names. The model knows nothing of tracing: hooks record it.
+They are removed when the block ends, also after an error. Only attention is wrapped, because hooks
+cannot see inside it.
 
-  embeddings.sum             word + segment + position, before LayerNorm    D
-  embeddings                 what enters the first layer                    D
-  layers.I.q  .k  .v         queries, keys, values                          HK
-  layers.I.scores            q kᵀ / √K + mask                               (B, H, S, S)
-  layers.I.probs             their softmax                                  (B, H, S, S)
-  layers.I.context           the values weighted by it                      HK
-  layers.I.attention_output  context through the output projection          D
-  layers.I.attention_norm    LayerNorm(attention output + x)                D
-  layers.I.pre_gelu          the wide layer                                 F
-  layers.I.post_gelu         GELU of it                                     F
-  layers.I.ffn_output        back to D                                      D
-  layers.I.ffn_norm          LayerNorm(ffn output + x): the layer's output  D
-  logits                     classes, V or L                                L
-
-The model knows nothing of this: it is watched by hooks, which are gone when the block ends, after
-an error too. Only attention and the head are wrapped, because hooks cannot reach inside them.
-Shape legend: layout.py.
+Shape legend: model/layout.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -47,55 +33,35 @@ from torch import Tensor, nn
 from minibert.model import attention, encoder
 from minibert.model.attention import Attended, AttentionFn
 from minibert.model.encoder import EncoderLayer
-from minibert.model.heads import BertWithHead
+from minibert.model.heads import BertForMaskedLM, BertWithHead
 from minibert.model.layout import Layout, Padded
+from minibert.study.intermediates import INTERMEDIATES, intermediate_of, names
 
 Write = Callable[[Tensor], Tensor]
-
-LAYER_AXES = {  # what a layer computes, in order; the token axis comes before each but the maps
-    "q": "HK",
-    "k": "HK",
-    "v": "HK",
-    "scores": "HSS",
-    "probs": "HSS",
-    "context": "HK",
-    "attention_output": "D",
-    "attention_norm": "D",
-    "pre_gelu": "F",
-    "post_gelu": "F",
-    "ffn_output": "D",
-    "ffn_norm": "D",
-}
-MAPS = {"scores", "probs"}
-
-
-def names(layers: int) -> list[str]:
-    """Every name of a model of that many layers, in the order of computation."""
-    inside = [f"layers.{i}.{name}" for i in range(layers) for name in LAYER_AXES]
-    return ["embeddings.sum", "embeddings", *inside, "logits"]
+MAPS = [row.name for row in INTERMEDIATES.values() if row.is_map]
 
 
 class Trace:
-    """What a traced model computed in its latest call, by name."""
+    """What the latest call of a traced model computed, by name."""
 
-    def __init__(self, writes: Mapping[str, Write]):
+    def __init__(self, writes: Mapping[str, Write], classes: str):
         self._writes = writes
+        self._classes = classes  # the axis of the logits
         self._layout: Layout | None = None
         self._seen: dict[str, Tensor | list[Tensor]] = {}  # flat over tokens; maps: by block
 
     def __getitem__(self, name: str) -> Tensor | list[Tensor]:
-        """The tensor of that name, as it was used: after a write, what was written.
+        """The tensor of this name as the model used it: after a write, what was written.
 
-        For a padded batch the leading axes are (B, S), for a packed one (N,); the maps are
-        (B, H, S, S), and of a packed batch a list with one (H, S, S) a sentence.
+        Its leading axes are (B, S) for a padded batch and (N,) for a packed one. Scores and
+        probabilities are (B, H, S, S), for a packed batch a list with one (H, S, S) per sentence.
 
         Raises:
-            KeyError: no call of the model yet, or no such name.
+            KeyError: the model has not run yet, or did not compute anything of this name.
         """
         if name not in self._seen:
-            raise KeyError(
-                f"{name!r}: " + (_unknown(name, self._seen) if self._seen else "nothing ran yet")
-            )
+            reason = _unknown(name, self._seen) if self._seen else "the model has not run yet"
+            raise KeyError(f"{name!r}: {reason}")
         value = self._seen[name]
         assert self._layout is not None
         if isinstance(value, list):
@@ -110,16 +76,18 @@ class Trace:
         return name in self._seen
 
     def axes(self, name: str) -> str:
-        """The axes of ``t[name]``, a letter each (legend: layout.py).
+        """The axes of ``t[name]``, one letter each.
 
-        "BSHK" for a padded batch, "NHK" for a packed one; maps "BHSS", packed "HSS" a sentence.
+        "BSHK" for a padded batch, "NHK" for a packed one; for the maps "BHSS", and "HSS" for each
+        sentence of a packed batch.
+
+        Raises:
+            KeyError: no model computes anything of this name.
         """
-        padded = isinstance(self._layout, Padded)
-        last = name.rpartition(".")[2]
-        if last in MAPS:
+        padded, row = isinstance(self._layout, Padded), intermediate_of(name)
+        if row.is_map:
             return "BHSS" if padded else "HSS"
-        own = "L" if name == "logits" else LAYER_AXES.get(last, "D")
-        return ("BS" if padded else "N") + own
+        return ("BS" if padded else "N") + (self._classes if name == "logits" else row.axes)
 
     def __repr__(self) -> str:
         return "\n".join(f"{name:28} {self.axes(name):5} {_shape(self[name])}" for name in self)
@@ -129,7 +97,7 @@ class Trace:
         self._seen = {}
 
     def _see(self, name: str, x_N: Tensor) -> Tensor:
-        """Let a write change a tensor that is flat over tokens, keep it, and hand it on."""
+        """Apply the write to a tensor that is flat over tokens, record the result and return it."""
         if name in self._writes:
             assert self._layout is not None
             x_N = self._written(name, self._layout.unflatten(x_N)).reshape(x_N.shape)
@@ -137,43 +105,47 @@ class Trace:
         return x_N
 
     def _written(self, name: str, x: Tensor) -> Tensor:
-        # A copy, so that a write may work in place on what the model still needs.
+        if name not in self._writes:
+            return x
+        # A copy: the write may work in place, and the model may still need the original.
         new = self._writes[name](x.clone())
         if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype:
             got = f"{_shape(new)} {new.dtype}" if isinstance(new, Tensor) else type(new).__name__
             raise ValueError(
-                f"the write of {name} gave {got}: return a tensor of {_shape(x)} {x.dtype}"
+                f"the write to {name} returned {got}: return a tensor of {_shape(x)} {x.dtype}"
             )
         return new
 
 
 @contextmanager
 def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Iterator[Trace]:
-    """Within the block, every call of ``model`` is recorded and its intermediates may be replaced.
+    """Record every call of ``model`` inside the block, and replace intermediates.
 
-    The tensors are those of the computation, graph included; ``detach()`` what outlives it. No
-    attention implementation keeps scores and only eager keeps maps, so what is missing is computed
-    once more from q and k (without a graph, and without dropout). A write to them makes this
-    recomputation the one that counts: softmax, dropout and the weighted sum are then spelled out,
-    whatever the implementation.
+    The recorded tensors belong to the autograd graph: ``detach()`` those that you keep.
+
+    An attention implementation does not return its scores, and only eager returns probabilities.
+    The missing ones are computed again from q and k, without a graph. ``probs`` are always those
+    before dropout. ``probs_dropped`` exist only where dropout is visible: in train mode with eager
+    attention, and wherever one of the three is written. Attention is then computed step by step
+    (scores, softmax, dropout, weighted sum), whatever the implementation.
 
     Args:
-        model: either head.
-        writes: by name, a function that is given a copy of the tensor, shaped as ``t[name]`` is,
-            and returns the one to go on with (of the same shape and dtype). ``scores`` and
-            ``probs`` are given (rows, H, S, S), for a packed batch once for every block of
-            ``layout.blocks``.
+        model: with either head; its layers must not be prepacked.
+        writes: maps a name to a function that takes a copy of the tensor, shaped like
+            ``t[name]``, and returns the tensor to use instead, of the same shape and dtype. For
+            scores and probabilities it takes (rows, H, S, S): a packed batch calls it once for each
+            block of ``layout.blocks``.
 
     Raises:
-        ValueError: a write to a name that does not exist, or one that returns another shape; or
-            the model's layers are prepacked.
+        ValueError: a write to an unknown name or one that returns another shape or dtype, or a
+            model with prepacked layers.
     """
     writes = dict(writes or {})
     known = names(len(model.bert.layers))
     for name in writes:
         if name not in known:
             raise ValueError(f"{name!r} cannot be written: {_unknown(name, known)}")
-    t = Trace(writes)
+    t = Trace(writes, "V" if isinstance(model, BertForMaskedLM) else "L")
     with ExitStack() as undo:
 
         def on_output(module: nn.Module, name: str) -> None:
@@ -188,12 +160,17 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
         undo.callback(start.remove)
         on_input(model.bert.embeddings.norm, "embeddings.sum")
         on_output(model.bert.embeddings, "embeddings")
-        for i, layer in enumerate(plain_layers(model)):
+        for i, layer in enumerate(model.bert.layers):
+            if not isinstance(layer, EncoderLayer):
+                raise ValueError(
+                    "the encoder layers are prepacked and have no plain weights to trace: load the "
+                    "model with from_pretrained, or the Tagger with prepack=False"
+                )
             prefix = f"layers.{i}."
             attend = layer.attention.attend
             undo.callback(setattr, layer.attention, "attend", attend)
             layer.attention.attend = partial(_attend, t, prefix, attend)
-            # The fused one would pass by the hooks.
+            # The fused add-norm does not call the LayerNorm module, so hooks would not see it.
             undo.callback(setattr, layer, "add_norm", layer.add_norm)
             layer.add_norm = encoder.add_norm
             on_output(layer.attention.output, prefix + "attention_output")
@@ -206,21 +183,6 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
         yield t
 
 
-def plain_layers(model: BertWithHead) -> list[EncoderLayer]:
-    """The encoder layers of a model.
-
-    Raises:
-        ValueError: they are prepacked and have no parts to look into.
-    """
-    layers = [layer for layer in model.bert.layers if isinstance(layer, EncoderLayer)]
-    if len(layers) < len(model.bert.layers):
-        raise ValueError(
-            "the encoder layers are prepacked and keep no plain weights: load the model with "
-            "from_pretrained, or the Tagger with prepack=False"
-        )
-    return layers
-
-
 def _attend(
     t: Trace,
     prefix: str,
@@ -231,24 +193,25 @@ def _attend(
     layout: Layout,
     dropout_p: float,
 ) -> Attended:
-    """``attend`` with q, k, v, scores, probabilities and context seen and written."""
+    """``attend``, recorded and written: q, k, v, scores, probabilities and context."""
     q_NHK, k_NHK, v_NHK = (
         t._see(prefix + name, x) for name, x in zip("qkv", (q_NHK, k_NHK, v_NHK))
     )
-    if prefix + "scores" in t._writes or prefix + "probs" in t._writes:
-        scores, probs, attended = _spelled_out(t, prefix, q_NHK, k_NHK, v_NHK, layout, dropout_p)
+    if t._writes.keys() & {prefix + name for name in MAPS}:
+        maps, attended = _step_by_step(t, prefix, q_NHK, k_NHK, v_NHK, layout, dropout_p)
     else:
         attended = attend(q_NHK, k_NHK, v_NHK, layout, dropout_p)
         with torch.no_grad():
             blocks = attention.rectangles(layout, q_NHK, k_NHK, v_NHK)
             scores = [attention.scores(block, q, k) for block, q, k, _ in blocks]
-            probs = attended.probs or [F.softmax(s_BHSS, dim=-1) for s_BHSS in scores]
-    t._seen[prefix + "scores"] = scores
-    t._seen[prefix + "probs"] = probs
+            maps = [scores, [F.softmax(scores_BHSS, dim=-1) for scores_BHSS in scores]]
+        if attended.probs is not None:  # those of the computation: dropped, or the probs themselves
+            maps = [*maps, attended.probs] if dropout_p else [scores, attended.probs]
+    t._seen |= zip([prefix + name for name in MAPS], maps)
     return Attended(t._see(prefix + "context", attended.context_NHK), attended.probs)
 
 
-def _spelled_out(
+def _step_by_step(
     t: Trace,
     prefix: str,
     q_NHK: Tensor,
@@ -256,22 +219,18 @@ def _spelled_out(
     v_NHK: Tensor,
     layout: Layout,
     dropout_p: float,
-) -> tuple[list[Tensor], list[Tensor], Attended]:
-    """Scores, probabilities and what follows from them, with the writes to them done."""
-
-    def written(name: str, x_BHSS: Tensor) -> Tensor:
-        return t._written(name, x_BHSS) if name in t._writes else x_BHSS
-
+) -> tuple[list[list[Tensor]], Attended]:
+    """Attention with writes to its scores and probabilities: these maps, and the result."""
     scores, probs, dropped, contexts = [], [], [], []
     for block, q, k, v in attention.rectangles(layout, q_NHK, k_NHK, v_NHK):
-        scores.append(written(prefix + "scores", attention.scores(block, q, k)))
-        probs.append(written(prefix + "probs", F.softmax(scores[-1], dim=-1)))
-        dropped.append(F.dropout(probs[-1], dropout_p))
+        scores.append(t._written(prefix + "scores", attention.scores(block, q, k)))
+        probs.append(t._written(prefix + "probs", F.softmax(scores[-1], dim=-1)))
+        dropped.append(t._written(prefix + "probs_dropped", F.dropout(probs[-1], dropout_p)))
         contexts.append(torch.matmul(dropped[-1], v).transpose(1, 2).flatten(0, 1))
-    return scores, probs, Attended(torch.cat(contexts), dropped)
+    return [scores, probs, dropped], Attended(torch.cat(contexts), dropped)
 
 
-def _unknown(name: str, known: Mapping[str, object] | list[str]) -> str:
+def _unknown(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), 3)
     return "no such name" + (f", did you mean {', '.join(close)}" if close else "")
 

@@ -1,1 +1,1 @@
-"""Every number of a model beside those of transformers: compare, judge, show."""
+"""Compare every tensor with transformers: compare, judge, page."""

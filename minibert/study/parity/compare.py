@@ -1,14 +1,14 @@
-"""Is it the same? minibert against transformers, number by number, and where it first is not.
+"""Compare minibert with transformers, tensor by tensor, and find the first that differs.
 
     for comparison in compare(directory, texts):    # or: minibert parity DIR
         print(table(comparison))
 
-For every attention implementation, dtype and layout: every intermediate of every layer (the names
-are those of tracing.py), every gradient, every parameter after one optimiser step, and in padded
-batches every gradient of a step with dropout. What is promised, and how an error is measured,
-stands in verdict.py. The optimiser's step is taken on fp32 copies, as in mixed precision: in fp16
-Adam's eps of 1e-8 is zero. Runs on the CPU, and on a GPU, which fused attention needs: there
-nothing is promised to the bit.
+For every attention implementation, dtype and layout this compares every intermediate, every
+gradient, every parameter after one optimiser step, and in padded batches every gradient of a step
+with dropout. judge.py says what is promised and how errors are measured. The step is taken on fp32
+copies, as in mixed precision: in fp16 Adam's eps of 1e-8 is zero.
+
+It runs on a CPU or a GPU. Fused attention needs a GPU, where no bit equality is promised.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from minibert.files import MinibertError
-from minibert.machine import DTYPES, choose_device
+from minibert.machine import DTYPES, choose_device, choose_dtype, name_of
 from minibert.model.heads import BertForMaskedLM, BertForTokenClassification, BertWithHead
 from minibert.model.labels import IGNORE
 from minibert.model.layout import Packed
 from minibert.pretrained import hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.pretrained.weights import names_of
+from minibert.study.intermediates import intermediate_of
 from minibert.study.parity import reference
 from minibert.study.parity.judge import Comparison, Values, judge, same_bits
-from minibert.study.trace import MAPS, names, trace
+from minibert.study.trace import trace
 from minibert.training.adamw import AdamW, Group
 
 ON_CPU = ("eager", "sdpa")  # fused runs on CUDA only
 LAYOUTS = ("padded", "packed")
-TEXTS = (  # of unlike lengths, so that there is padding
+TEXTS = (  # of different lengths, so that there is padding
     "who directed the frozen station with irene zimmer",
     "Jaws",
     "show me a black and white science fiction movie from the 1950s in which a scientist's "
@@ -49,29 +50,32 @@ def compare(
     directory: str | Path,
     texts: Sequence[str] = TEXTS,
     attn: Sequence[str] = ON_CPU,
-    dtypes: Sequence[str] = tuple(DTYPES),
+    dtypes: Sequence[str | torch.dtype] = tuple(DTYPES),
     layouts: Sequence[str] = LAYOUTS,
     device: str = "cpu",
 ) -> list[Comparison]:
-    """Compare minibert with transformers on a checkpoint.
+    """Compare minibert with transformers on a checkpoint, in all combinations.
 
     Args:
-        directory: of the checkpoint, tokenizer included, or a name of ``hub.MODELS``.
-        texts: one sentence each, run as one batch.
-        attn, dtypes, layouts: all combinations of these are compared; fused with transformers'
-            sdpa.
+        directory: a checkpoint with its tokenizer, or a name of ``hub.MODELS``.
+        texts: one sentence each; together they are one batch.
+        attn: of "eager", "sdpa" and "fused"; fused is compared with transformers' sdpa.
+        dtypes: of "fp32", "bf16" and "fp16", or torch's dtypes.
+        layouts: of "padded" and "packed".
         device: where everything runs, float64 included.
 
     Raises:
-        MinibertError: transformers is missing, the directory or a text does not do, there is no
-            such device, or fused attention cannot run on it.
+        MinibertError: transformers is not installed, the directory cannot be loaded, a text is
+            empty or too long, or the device or fused attention is not available.
     """
     where = choose_device(device)
     directory = hub.locate_model(directory)
     reference.library()
-    kind = _kind(directory)
+    model_class = _model_class(directory)
     ours = {
-        name: kind.from_pretrained(directory, attn_implementation=name, device=where, seed=SEED)
+        name: model_class.from_pretrained(
+            directory, attn_implementation=name, device=where, seed=SEED
+        )
         for name in {"eager", *attn}
     }
     theirs = {
@@ -81,29 +85,28 @@ def compare(
     padded, packed = batches(ours["eager"], Tokenizer.from_pretrained(directory), texts, where)
     lengths = packed["layout"].lengths
     comparisons = []
-    for dtype_name in dtypes:
-        dtype = DTYPES[dtype_name]
-        start = {name: p.detach().to(dtype).cpu() for name, p in ours["eager"].named_parameters()}
+    for chosen in dtypes:
+        dtype = choose_dtype(chosen, where).value
+        before = {name: p.detach().to(dtype).cpu() for name, p in ours["eager"].named_parameters()}
         exact = observe(theirs["eager"], ours["eager"], padded, dtype, torch.float64)
         own = observe(ours["eager"], ours["eager"], padded, dtype, torch.float64)
         for name in attn:
-            reference_run = observe(theirs[name], ours[name], padded, dtype, dtype)
+            expected = observe(theirs[name], ours[name], padded, dtype, dtype)
             for layout in layouts:
-                inputs = padded if layout == "padded" else packed
+                inputs = {"padded": padded, "packed": packed}[layout]
                 bits = same_bits(name, layout, where.type)
                 got = observe(ours[name], ours[name], inputs, dtype, dtype, bits)
-                runs = [reference_run, exact, own]
-                if not bits:  # what stands at padding means nothing and is promised by nobody
+                runs = [expected, exact, own]
+                if not bits:  # nothing is promised at padding
                     got = got if layout == "packed" else _cut(got, lengths)
                     runs = [_cut(values, lengths) for values in runs]
-                expected, true, mine = runs
-                rows = judge(bits, got, expected, true, mine, start)
-                comparisons.append(Comparison(name, dtype_name, layout, rows, where.type))
+                rows = judge(bits, got, runs[0], runs[1], runs[2], before)
+                comparisons.append(Comparison(name, name_of(dtype), layout, rows, where.type))
     return comparisons
 
 
-def _kind(directory: Path) -> type[BertWithHead]:
-    """The head that the file holds; a fresh classifier where it holds none."""
+def _model_class(directory: Path) -> type[BertWithHead]:
+    """The model class of the head in the file; token classification if it has none."""
     held = weights.read(directory / weights.WEIGHTS).keys()
     masked = "classifier.weight" not in held and "cls.predictions.transform.dense.weight" in held
     return BertForMaskedLM if masked else BertForTokenClassification
@@ -115,13 +118,14 @@ def batches(
     texts: Sequence[str],
     device: torch.device | str = "cpu",
 ) -> tuple[dict, dict]:
-    """The texts as a padded and as a packed batch, with segments and labels to have gradients.
+    """The texts as a padded and as a packed batch, with segments and labels.
 
-    Labels are arbitrary but fixed; the second half of every text is segment 1 where there is one,
-    so that no row of the segment table goes unseen.
+    Labels are arbitrary but fixed. The second half of every text is segment 1 if the model has one,
+    so that every row of the segment table gets a gradient.
 
     Raises:
-        MinibertError: no text, or one that the model has no positions for, or strange ids.
+        MinibertError: no text, one that is longer than the model, or a tokenizer that does not
+            belong to the model.
     """
     config = model.config
     ids = [tokenizer.encode(text) for text in texts]
@@ -136,7 +140,7 @@ def batches(
         if max(row) >= config.vocab_size:
             raise MinibertError(
                 f"text {number}: word-piece {max(row)}, but the model has {config.vocab_size}: "
-                "use the tokenizer that belongs to it"
+                "use the tokenizer that belongs to the model"
             )
     lengths = [len(row) for row in ids]
     mask_BS = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -170,38 +174,38 @@ def observe(
     dtype: torch.dtype,
     dropout: bool = True,
 ) -> Values:
-    """Run a copy of a model: intermediates, gradients, one step, and a step with dropout.
+    """Run a copy of a model: intermediates, gradients, one step, and gradients with dropout.
 
     Args:
-        source: ours or transformers', in fp32; left as it is.
-        ours: names and sizes.
-        inputs: padded, or for ours packed.
-        rounded: what the weights are rounded to before anything else, so that a float64 run has
-            the very weights of the run it judges.
+        source: the model, minibert's or transformers', in fp32. It is not changed.
+        ours: minibert's model, for names and sizes.
+        inputs: padded; minibert's may be packed.
+        rounded: weights are rounded to this dtype first, so that a float64 run has the weights of
+            the run that it judges.
         dtype: of the computation.
-        dropout: also take the step with dropout, where masks can be equal.
+        dropout: whether to run with dropout too, if both can draw the same masks.
 
     Returns:
-        All on the CPU.
+        All values, on the CPU.
     """
-    config = ours.config
+    layers, heads = ours.config.num_hidden_layers, ours.config.num_attention_heads
     model = copy.deepcopy(source).to(rounded).to(dtype).eval()
     mine = isinstance(model, BertWithHead)
     parameters = {
         name: model.get_parameter(name if mine else their_name)
         for name, their_name in names_of(ours).items()
     }
+    seen: Mapping[str, Tensor | list[Tensor]]
     if isinstance(model, BertWithHead):
         with trace(model) as t:
             loss = model(**inputs).loss
-        seen: Mapping[str, Tensor | list[Tensor]] = {name: t[name] for name in t}
+        seen = {name: t[name] for name in t}
     else:
-        with reference.watch(model, config.num_hidden_layers, config.num_attention_heads) as kept:
+        with reference.watch(model, layers, heads) as seen:
             loss = model(**inputs).loss
-        seen = kept
     loss.backward()
     values: Values = {}
-    for name in names(config.num_hidden_layers):
+    for name in reference.watched(layers):
         value = seen[name]
         values[name] = [x.detach().cpu() for x in (value if isinstance(value, list) else [value])]
     values |= {f"gradient:{name}": [_gradient(p).cpu()] for name, p in parameters.items()}
@@ -215,12 +219,12 @@ def observe(
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Zero for a parameter that no longer takes part, which is then a difference and no crash."""
+    """Zero for a parameter without one: a difference to report, not a crash."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _stepped(parameters: dict[str, nn.Parameter], mine: bool) -> dict[str, Tensor]:
-    """The parameters after one step of our AdamW or of torch's, in fp32 at least."""
+    """The parameters after one step of minibert's AdamW or torch's, in fp32 or wider."""
     copies = {}
     for name, parameter in parameters.items():
         wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -234,12 +238,12 @@ def _stepped(parameters: dict[str, nn.Parameter], mine: bool) -> dict[str, Tenso
 
 
 def _cut(values: Values, lengths: Sequence[int]) -> Values:
-    """A padded batch's values with the padding cut away."""
+    """The values of a padded batch without its padding, as a packed batch has them."""
     cut: Values = {}
     for name, parts in values.items():
-        if ":" in name:  # of parameters, which have no tokens
+        if ":" in name:  # of a parameter, which has no tokens
             cut[name] = parts
-        elif name.rpartition(".")[2] in MAPS:
+        elif intermediate_of(name).is_map:
             cut[name] = [map_HSS[:, :n, :n] for map_HSS, n in zip(parts[0], lengths)]
         else:
             cut[name] = [torch.cat([row[:n] for row, n in zip(parts[0], lengths)])]

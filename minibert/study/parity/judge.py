@@ -1,18 +1,17 @@
-"""What a comparison with transformers found: every tensor judged, and the whole as text or JSON.
+"""What a comparison with transformers found: every tensor judged, as a table or JSON.
 
-The promise depends on what is computed:
+What is promised depends on what runs:
 
-padded, eager or sdpa, on the CPU
+padded, eager or sdpa, on a CPU
         the same bits as transformers.
 packed, fused or on a GPU
-        other kernels or no padding to compute, hence other sums: an error at most ``FORWARD``
-        times, for gradients ``BACKWARD`` times, that of transformers itself, both measured against
-        transformers in float64 with the same weights (the rule of flash-attention's
-        tests/models/test_bert.py).
+        another order of summation, so a bounded error: at most ``FORWARD`` times that of
+        transformers, for gradients ``BACKWARD`` times, both measured against transformers in
+        float64 with the same weights (the rule of flash-attention's tests/models/test_bert.py).
 
-An error is a relative one in the 2-norm, ‖x − exact‖ / ‖exact‖: the largest single error of a small
-tensor is a matter of luck, their root mean square is not. That of a parameter after a step is
-relative to how far the step moves it.
+Errors are relative and in the 2-norm, ‖x − exact‖ / ‖exact‖: the largest error of one element of a
+small tensor is mostly chance, the root mean square is not. The error of a parameter after a step
+is relative to the distance that the step moves it.
 """
 
 from __future__ import annotations
@@ -22,45 +21,34 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from minibert.study.intermediates import INTERMEDIATES, intermediate_of
 from minibert.study.parity import ulps
 
 FORWARD, BACKWARD = 2.0, 3.0
 
-OPERATIONS = {
-    "embeddings.sum": "(word + segment) + position",
-    "embeddings": "LayerNorm of the embeddings",
-    "q": "query projection",
-    "k": "key projection",
-    "v": "value projection",
-    "scores": "q kᵀ / √K + mask",
-    "probs": "softmax of the scores",
-    "context": "probabilities times values",
-    "attention_output": "output projection of attention",
-    "attention_norm": "LayerNorm of attention output + residual",
-    "pre_gelu": "first linear layer of the FFN",
-    "post_gelu": "GELU",
-    "ffn_output": "second linear layer of the FFN",
-    "ffn_norm": "LayerNorm of FFN output + residual",
-    "logits": "head",
+PARAMETERS = {
     "gradient": "gradient of a parameter",
     "step": "parameter after one AdamW step",
     "dropout": "gradient of a parameter with dropout",
 }
+OPERATIONS = {row.name: row.what for row in INTERMEDIATES.values()} | PARAMETERS
 
-Values = dict[str, list[Tensor]]  # by name; one tensor, or for packed maps one a sentence
+# By name; one tensor each, or for packed attention maps one per sentence. The name of a parameter's
+# tensor is "gradient:", "step:" or "dropout:" and minibert's name of the parameter.
+Values = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of ours against the same of transformers."""
+    """One tensor of minibert compared with the same tensor of transformers."""
 
     name: str
     equal: bool
     max_abs: float  # largest absolute difference
     ulps: int  # largest distance in representable numbers; -1 where one side is not finite
-    error: float | None  # ours, relative to transformers in float64
-    reference_error: float | None  # that of transformers at this dtype
-    own_error: float | None  # ours, relative to minibert in float64
+    error: float | None  # of minibert, relative to transformers in float64
+    reference_error: float | None  # of transformers in this dtype, relative to the same
+    own_error: float | None  # of minibert, relative to minibert in float64
     kept: bool  # the promise
     where: str | None  # the first element that differs, and both values
 
@@ -68,9 +56,7 @@ class Row:
     def operation(self) -> str:
         """Key of ``OPERATIONS``."""
         kind = self.name.partition(":")[0]
-        if kind in ("gradient", "step", "dropout"):
-            return kind
-        return self.name.rpartition(".")[2] if self.name.startswith("layers.") else self.name
+        return kind if kind in PARAMETERS else intermediate_of(self.name).name
 
     def __str__(self) -> str:
         return f"{self.name} ({OPERATIONS[self.operation]}), {self.where}"
@@ -116,48 +102,48 @@ class Comparison:
 
 
 def same_bits(attn: str, layout: str, device: str) -> bool:
-    """Whether bit equality is promised, or else a bounded error."""
+    """Whether bit equality is promised, and not only a bounded error."""
     return layout == "padded" and attn != "fused" and device == "cpu"
 
 
 def judge(
-    bits: bool, got: Values, expected: Values, exact: Values, own: Values, start: dict[str, Tensor]
+    bits: bool, got: Values, expected: Values, exact: Values, own: Values, before: dict[str, Tensor]
 ) -> list[Row]:
-    """Every tensor of ours against the same of transformers, and the promise on it.
+    """Compare every tensor of minibert with transformers', and check the promise.
 
     Args:
-        bits: whether the same bits are promised; see ``same_bits``.
-        got, expected: ours and transformers' at the dtype in question.
-        exact, own: transformers' and ours in float64.
-        start: the parameters before the step, by our name.
+        bits: whether bit equality is promised; see ``same_bits``.
+        got, expected: minibert's and transformers' in the dtype under test.
+        exact, own: transformers' and minibert's in float64.
+        before: the parameters before the step, by minibert's name.
     """
+    # The reference can be accidentally exact on small tensors, so each bound is floored by the
+    # error of its inputs: a gradient's by that of the logits, and a parameter's by that of all
+    # parameters together, because Adam's first step is little more than the gradient's sign.
+    floor = {
+        "gradient": _error("logits", expected["logits"], exact["logits"], before),
+        "step": _joint_error(expected, exact, before),
+    }
     rows: list[Row] = []
-    # Transformers may hit a few numbers by luck, so none is asked to be better than what it comes
-    # from: a gradient than the logits; a parameter after Adam's first step, which is but the sign
-    # of its gradient, than all parameters together.
-    least = {"gradient": _error("logits", expected["logits"], exact["logits"], start)}
-    least["step"] = _joint_error(expected, exact, start)
     for name, parts in got.items():
         x, other = _flat(parts), _flat(expected[name])
+        equal = kept = bool(ulps.same(x, other).all())
         error = reference_error = own_error = None
-        equal = torch.equal(x, other) or bool(ulps.same(x, other).all())
-        kept = equal
         if name in exact:
-            true, mine = _flat(exact[name]), _flat(own[name])
-            reference_error = _error(name, expected[name], exact[name], start)
-            error = reference_error if equal else _error(name, parts, exact[name], start)
-            own_error = error if torch.equal(mine, true) else _error(name, parts, own[name], start)
+            reference_error = _error(name, expected[name], exact[name], before)
+            error = reference_error if equal else _error(name, parts, exact[name], before)
+            own_error = _error(name, parts, own[name], before)
             if not bits:
                 kind = name.partition(":")[0]
-                factor = BACKWARD if kind in least else FORWARD
-                rounding = torch.finfo(x.dtype).eps / 2  # on top, one
-                kept = error <= factor * max(reference_error, least.get(kind, 0.0)) + rounding
+                factor = BACKWARD if kind in floor else FORWARD
+                rounding = torch.finfo(x.dtype).eps / 2  # one more than the reference
+                kept = error <= factor * max(reference_error, floor.get(kind, 0.0)) + rounding
         rows.append(
             Row(
                 name,
                 equal,
                 0.0 if equal else ulps.max_abs(x, other),
-                0 if equal else ulps.ulps(x, other),
+                ulps.ulps(x, other),
                 error,
                 reference_error,
                 own_error,
@@ -168,26 +154,26 @@ def judge(
     return rows
 
 
-def _error(name: str, parts: list[Tensor], exact: list[Tensor], start: dict[str, Tensor]) -> float:
+def _error(name: str, parts: list[Tensor], exact: list[Tensor], before: dict[str, Tensor]) -> float:
     """The relative error of one tensor."""
     x, true = _flat(parts), _flat(exact)
-    if name.endswith(".scores"):  # but not of hidden ones: they hold the lowest of their dtype
-        shown = true > torch.finfo(true.dtype).min / 2
-        x, true = x[shown], true[shown]
+    if name.endswith(".scores"):  # masked scores hold the lowest number of their dtype: leave out
+        unmasked = true > torch.finfo(true.dtype).min / 2
+        x, true = x[unmasked], true[unmasked]
     kind, _, parameter = name.partition(":")
-    if kind == "step":  # float64 holds both to far more digits than the step needs
-        before = start[parameter].flatten().double()
-        x, true = x.double() - before, true - before
+    if kind == "step":  # float64 holds both with far more digits than the step needs
+        start = before[parameter].flatten().double()
+        x, true = x.double() - start, true - start
     return ulps.relative_error(x, true)
 
 
-def _joint_error(values: Values, exact: Values, start: dict[str, Tensor]) -> float:
-    """The relative error of one step of all parameters taken as one vector."""
+def _joint_error(values: Values, exact: Values, before: dict[str, Tensor]) -> float:
+    """The relative error of the step of all parameters as one vector."""
     gap = moved = 0.0
-    for name, before in start.items():
+    for name, start in before.items():
         x, true = values[f"step:{name}"][0].double(), exact[f"step:{name}"][0]
         gap += torch.linalg.vector_norm(x - true).item() ** 2
-        moved += torch.linalg.vector_norm(true - before.double()).item() ** 2
+        moved += torch.linalg.vector_norm(true - start.double()).item() ** 2
     return (gap / moved) ** 0.5
 
 
@@ -196,7 +182,7 @@ def _flat(parts: list[Tensor]) -> Tensor:
 
 
 def _first(parts: list[Tensor], expected: list[Tensor]) -> str:
-    """The first element that differs: where, and both values."""
+    """The first element that differs: its index and both values."""
     for number, (x, other) in enumerate(zip(parts, expected)):
         differ = (~ulps.same(x, other)).flatten().nonzero()
         if len(differ):
@@ -208,11 +194,10 @@ def _first(parts: list[Tensor], expected: list[Tensor]) -> str:
 
 
 def table(comparison: Comparison, full: bool = False) -> str:
-    """A comparison as text: the worst of every operation, or with ``full`` every tensor."""
+    """A comparison as text: the worst tensor of every operation, or with ``full`` every tensor."""
     c = comparison
-    verdict = "kept" if c.kept else "BROKEN"
     lines = [
-        f"{c.title}: {c.promise}: {verdict}",
+        f"{c.title}: {c.promise}: {'kept' if c.kept else 'BROKEN'}",
         f"  {'':54} {'max |Δ|':>9} {'ULPs':>10} {'error':>9} {'reference':>9} {'float64':>9}",
     ]
     for row in c.rows if full else _worst(c.rows):
@@ -225,7 +210,7 @@ def table(comparison: Comparison, full: bool = False) -> str:
             f"{errors}{mark}"
         )
     if c.first_difference is None:
-        lines.append("  no difference to transformers")
+        lines.append("  no difference from transformers")
     else:
         lines.append(f"  first difference: {c.first_difference}")
     if c.first_broken is not None:
@@ -234,11 +219,11 @@ def table(comparison: Comparison, full: bool = False) -> str:
 
 
 def _worst(rows: list[Row]) -> list[Row]:
-    """Of every operation the worst tensor: broken, differing, far above the reference's error."""
+    """The worst row of every operation: a broken promise, a difference, the largest error ratio."""
     worst: dict[str, Row] = {}
     for row in rows:
-        known = worst.get(row.operation)
-        if known is None or _badness(row) > _badness(known):
+        known = worst.setdefault(row.operation, row)
+        if _badness(row) > _badness(known):
             worst[row.operation] = row
     return list(worst.values())
 
@@ -250,13 +235,14 @@ def _badness(row: Row) -> tuple[bool, bool, float]:
 
 
 def _short(row: Row) -> str:
+    """What tells the rows of one operation apart: the parameter or the layer."""
     if ":" in row.name:
         return row.name.partition(":")[2].removeprefix("bert.")
-    return f"layer {row.name.split('.')[1]}" if row.name.startswith("layers.") else ""
+    return f"layer {row.name.split('.')[1]}" if intermediate_of(row.name).in_layer else ""
 
 
 def to_dict(comparison: Comparison) -> dict:
-    """A comparison for JSON; what is infinite is null there."""
+    """A comparison for JSON, with null for infinite numbers."""
     c = comparison
     found = {"first_difference": c.first_difference, "first_broken": c.first_broken}
     return {

@@ -1,7 +1,6 @@
-"""A comparison with transformers as one HTML page: the error growing through the layers.
+"""Comparisons with transformers as one HTML page: how the error grows from layer to layer.
 
-One file without scripts, fonts or network. Text from outside (the sentences, the directory) is
-escaped.
+The page is one file without scripts, fonts or requests. Sentences and directory are escaped.
 """
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 
 from minibert.study.parity.judge import Comparison, Row, table
 
-WIDTH, HEIGHT, LEFT, TOP = 920, 300, 60, 20  # of a picture, in CSS pixels; LEFT, TOP its margins
-LINES = (  # what is drawn: attribute of Row, its name, how
+WIDTH, HEIGHT, LEFT, TOP = 920, 300, 60, 20  # size and margins of a picture, in CSS pixels
+LINES = (  # attribute of Row, its name in the legend, style
     ("reference_error", "transformers", "stroke:var(--theirs);stroke-width:5"),
     ("error", "minibert", "stroke:var(--ours);stroke-width:2"),
 )
@@ -32,12 +32,12 @@ polyline { fill: none } .broken { color: var(--broken) }
 
 
 def page(title: str, texts: Sequence[str], comparisons: Sequence[Comparison]) -> str:
-    """The whole page.
+    """The HTML of the whole page.
 
     Args:
-        title: what was compared, say the directory.
-        texts: the sentences it was compared on.
-        comparisons: as ``parity.compare`` gives them.
+        title: the model, say its directory.
+        texts: the sentences.
+        comparisons: from ``compare``.
     """
     kept = all(comparison.kept for comparison in comparisons)
     sentences = "".join(f"<li>{escape(text)}</li>" for text in texts)
@@ -47,8 +47,8 @@ def page(title: str, texts: Sequence[str], comparisons: Sequence[Comparison]) ->
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>Parity of {escape(title)}</h1>
 <p>minibert and transformers: {_verdict(kept, "every promise kept", "a promise is broken")}.
-Errors are relative to transformers in float64 with the same weights; both lines on top of each
-other mean the same error, and where the bits are equal it is the same numbers.</p>
+Errors are relative to transformers in float64 with the same weights. Where the bits are equal, the
+two lines coincide.</p>
 <ol>{sentences}</ol>
 {sections}</body></html>
 """
@@ -69,9 +69,9 @@ def _verdict(kept: bool, yes: str, no: str) -> str:
 
 
 def picture(comparison: Comparison) -> str:
-    """SVG: relative error (logarithmic) of every intermediate, in the order of computation.
+    """SVG: the relative error of every intermediate, on a log scale, in the order of computation.
 
-    What has no error, or one that is not finite, leaves a gap in its line.
+    An error that is zero or not finite leaves a gap in the line.
     """
     rows = [row for row in comparison.rows if ":" not in row.name]
     errors = [_log(getattr(row, line)) for row in rows for line, _, _ in LINES]
@@ -93,15 +93,19 @@ def picture(comparison: Comparison) -> str:
             f'<text x="8" y="{y(power) + 4:.1f}">1e{power}</text>'
         )
     for index, row in enumerate(rows):
-        if row.operation == "q":  # a layer begins
+        if row.operation == "q":  # the first of its layer
             parts.append(
                 f'<path d="M{x(index):.1f} {TOP}V{HEIGHT - TOP}"/>'
                 f'<text x="{x(index):.1f}" y="{HEIGHT - 4}">layer {row.name.split(".")[1]}</text>'
             )
     for number, (attribute, name, style) in enumerate(LINES):
-        for run in _runs([_log(getattr(row, attribute)) for row in rows]):
-            points = " ".join(f"{x(index):.1f},{y(log):.1f}" for index, log in run)
-            parts.append(f'<polyline points="{points}" style="{style};stroke-linecap:round"/>')
+        logs = [_log(getattr(row, attribute)) for row in rows]
+        for _, run in groupby(enumerate(logs), lambda point: point[1] is not None):
+            points = " ".join(
+                f"{x(index):.1f},{y(log):.1f}" for index, log in run if log is not None
+            )
+            if points:
+                parts.append(f'<polyline points="{points}" style="{style};stroke-linecap:round"/>')
         at = LEFT + 10 + 140 * number
         parts.append(
             f'<path d="M{at} 10h20" style="{style}"/><text x="{at + 26}" y="14">{name}</text>'
@@ -114,25 +118,14 @@ def picture(comparison: Comparison) -> str:
 
 
 def _dot(x: float, y: float, row: Row) -> str:
-    """A point with the row as its tooltip, red and large where the promise is broken."""
+    """A point with a tooltip, red and large where the promise is broken."""
     colour, radius = ("ours", 2.5) if row.kept else ("broken", 4.5)
-    told = f"{row.name}: {row.error:.1e}, transformers {row.reference_error:.1e}"
+    tooltip = f"{row.name}: {row.error:.1e}, transformers {row.reference_error:.1e}"
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" style="fill:var(--{colour})">'
-        f"<title>{escape(told)}</title></circle>"
+        f"<title>{escape(tooltip)}</title></circle>"
     )
 
 
 def _log(error: float | None) -> float | None:
     return math.log10(error) if error is not None and 0 < error < math.inf else None
-
-
-def _runs(logs: list[float | None]) -> list[list[tuple[int, float]]]:
-    """The stretches without a gap, each point with its index."""
-    runs: list[list[tuple[int, float]]] = [[]]
-    for index, log in enumerate(logs):
-        if log is None:
-            runs.append([])
-        else:
-            runs[-1].append((index, log))
-    return [run for run in runs if run]

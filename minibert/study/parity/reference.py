@@ -1,6 +1,6 @@
-"""transformers, watched from outside: the model it makes of a directory, and what that computes.
+"""transformers, observed from outside: the model it loads from a directory, and its intermediates.
 
-transformers is no dependency of minibert; it is imported when a reference is asked for.
+transformers is not a dependency of minibert. ``library`` imports it when a comparison starts.
 """
 
 from __future__ import annotations
@@ -18,28 +18,11 @@ from torch.overrides import TorchFunctionMode
 from minibert.files import MinibertError
 from minibert.model.heads import BertWithHead
 from minibert.pretrained.weights import names_of
-
-# Our name of an intermediate on the left, the module of transformers that takes it in or gives it
-# out on the right; {i} runs over the layers. Scores and maps have no module: see _Attention.
-WATCHED = """
-embeddings.sum              in   bert.embeddings.LayerNorm
-embeddings                  out  bert.embeddings
-layers.{i}.q                out  bert.encoder.layer.{i}.attention.self.query
-layers.{i}.k                out  bert.encoder.layer.{i}.attention.self.key
-layers.{i}.v                out  bert.encoder.layer.{i}.attention.self.value
-layers.{i}.context          in   bert.encoder.layer.{i}.attention.output.dense
-layers.{i}.attention_output out  bert.encoder.layer.{i}.attention.output.dense
-layers.{i}.attention_norm   out  bert.encoder.layer.{i}.attention.output.LayerNorm
-layers.{i}.pre_gelu         out  bert.encoder.layer.{i}.intermediate.dense
-layers.{i}.post_gelu        out  bert.encoder.layer.{i}.intermediate.intermediate_act_fn
-layers.{i}.ffn_output       out  bert.encoder.layer.{i}.output.dense
-layers.{i}.ffn_norm         out  bert.encoder.layer.{i}.output.LayerNorm
-"""
-BY_HEAD = ("q", "k", "v", "context")  # (B, S, D) there, (B, S, H, K) here
+from minibert.study.intermediates import intermediate_of, names
 
 
 def library() -> ModuleType:
-    """transformers itself.
+    """The module ``transformers``.
 
     Raises:
         MinibertError: it is not installed.
@@ -55,17 +38,17 @@ def library() -> ModuleType:
 
 
 def load(directory: Path, ours: BertWithHead, attn: str) -> nn.Module:
-    """What transformers makes of the same directory, in fp32 and eval mode.
+    """Load a directory with transformers' own loader, in fp32 and eval mode.
 
-    Its own loader reads the file; what the file lacks, and ``ours`` therefore drew, is copied.
+    Parameters that the file lacks are copied from ``ours``, which has drawn them.
 
     Args:
         directory: with config.json and model.safetensors.
-        ours: the model that was loaded from it here.
+        ours: minibert's model of the same directory.
         attn: "eager" or "sdpa".
 
     Raises:
-        MinibertError: transformers is missing or refuses the directory.
+        MinibertError: transformers is not installed or cannot load the directory.
     """
     transformers = library()
     with _quiet(transformers):
@@ -91,7 +74,7 @@ def load(directory: Path, ours: BertWithHead, attn: str) -> nn.Module:
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Without progress bars and reports of fresh parameters; both come back as they were."""
+    """Turn off progress bars and warnings about new parameters, and restore both afterwards."""
     log = transformers.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -104,12 +87,17 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
             log.enable_progress_bar()
 
 
+def watched(layers: int) -> list[str]:
+    """The names of all intermediates that transformers shows, in the order of computation."""
+    return [name for name in names(layers) if intermediate_of(name).theirs != "-"]
+
+
 @contextmanager
 def watch(theirs: nn.Module, layers: int, heads: int) -> Iterator[dict[str, Tensor]]:
-    """Within the block, a call fills the dict with every intermediate under our names.
+    """Record the intermediates of a call inside the block under minibert's names.
 
     Args:
-        theirs: what ``load`` gave.
+        theirs: from ``load``.
         layers: how many it has.
         heads: H.
 
@@ -119,35 +107,39 @@ def watch(theirs: nn.Module, layers: int, heads: int) -> Iterator[dict[str, Tens
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, x_BSD: Tensor) -> None:
-        by_head = name.rpartition(".")[2] in BY_HEAD
+        by_head = intermediate_of(name).axes == "HK"  # (B, S, D) in transformers
         seen[name] = (x_BSD.unflatten(-1, (heads, -1)) if by_head else x_BSD).detach()
 
+    def on_input(name: str):
+        return lambda _module, args: keep(name, args[0])
+
+    def on_output(name: str):
+        return lambda _module, _args, out: keep(name, out)
+
+    base: nn.Module = theirs.base_model  # type: ignore[assignment]
     with ExitStack() as undo:
-        for line in WATCHED.strip().splitlines():
-            pattern, end, path = line.split()
-            for i in range(layers if "{i}" in pattern else 1):
-                name = pattern.replace("{i}", str(i))
-                module = theirs.get_submodule(path.replace("{i}", str(i)))
-                if end == "in":
-                    hook = module.register_forward_pre_hook(
-                        lambda _m, args, name=name: keep(name, args[0])
-                    )
-                else:
-                    hook = module.register_forward_hook(
-                        lambda _m, _args, out, name=name: keep(name, out)
-                    )
-                undo.callback(hook.remove)
+        for name in watched(layers):
+            row = intermediate_of(name)
+            if row.theirs in ("softmax", "logits"):  # no modules: see below
+                continue
+            layer = f"encoder.layer.{name.split('.')[1]}" if row.in_layer else ""
+            module = base.get_submodule(layer + row.theirs)
+            if row.end == "in":
+                hook = module.register_forward_pre_hook(on_input(name))
+            else:
+                hook = module.register_forward_hook(on_output(name))
+            undo.callback(hook.remove)
         hook = theirs.register_forward_hook(lambda _m, _args, out: keep("logits", out.logits))
         undo.callback(hook.remove)
-        undo.enter_context(_Attention(seen))
+        undo.enter_context(_Softmax(seen))
         yield seen
 
 
-class _Attention(TorchFunctionMode):
-    """Catches what no module shows: the input and output of every layer's softmax.
+class _Softmax(TorchFunctionMode):
+    """Records the input and output of every softmax, which no module has.
 
-    Under sdpa there is no softmax to catch; the scores are computed once more from the very q, k
-    and mask the kernel is called with. One call a layer, so counting tells the layer.
+    sdpa calls no softmax. Its scores are computed again from the q, k and mask that the kernel is
+    given. There is one call per layer, so counting the calls gives the layer.
     """
 
     def __init__(self, seen: dict[str, Tensor]):
@@ -165,7 +157,7 @@ class _Attention(TorchFunctionMode):
             scores_BHSS = torch.matmul(q_BHSK, k_BHSK.transpose(2, 3)) * kwargs["scale"]
             mask_BHSS = kwargs.get("attn_mask")
             if mask_BHSS is not None:
-                # Added, as eager attention does: in fp16 the lowest number plus a score is -inf.
+                # Added as in eager attention: in fp16 the lowest number plus a score can be -inf.
                 lowest = torch.finfo(scores_BHSS.dtype).min
                 added_BHSS = torch.zeros_like(mask_BHSS, dtype=scores_BHSS.dtype)
                 scores_BHSS = scores_BHSS + added_BHSS.masked_fill(~mask_BHSS, lowest)

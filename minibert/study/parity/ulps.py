@@ -1,4 +1,4 @@
-"""How far apart two tensors are."""
+"""The distance between two tensors: largest difference, ULPs, relative error."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BITS = {
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors are equal, NaN counting as equal to NaN: bool, their shape."""
+    """Where two tensors are equal, with NaN equal to NaN: bool, of their shape."""
     return (a == b) | (a.isnan() & b.isnan())
 
 
 def max_abs(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference; infinite where only one side is finite."""
+    """Largest absolute difference; infinite if a side is not finite where they differ."""
     if not a.numel():
         return 0.0
     gap = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -27,17 +27,17 @@ def max_abs(a: Tensor, b: Tensor) -> float:
 
 
 def ulps(a: Tensor, b: Tensor) -> int:
-    """Largest distance in units in the last place: how many representable numbers lie between.
+    """Largest distance in units in the last place: the representable numbers from one to the other.
 
-    A float's bits, read as an integer, count the numbers from zero up; sign and magnitude are
-    turned into one signed count, so that -0 is 0 and the distance goes through it.
+    The bits of a positive float, read as an integer, count the representable numbers above zero.
+    Sign and magnitude become a signed count, so -0 is 0 and distances across zero are right.
 
     Args:
-        a, b: of one shape and one floating dtype.
+        a, b: the same shape and floating dtype.
 
     Returns:
-        The distance, or -1 where one side is NaN or infinite and the other not the same. float64
-        numbers of unlike sign may be too far apart for an int64: then its largest value.
+        The distance, or -1 where one side is NaN or infinite and the other is not the same. The
+        distance of float64 numbers of opposite sign may exceed int64; then it is int64's maximum.
     """
     differ = ~same(a, b)
     if not differ.any():
@@ -51,13 +51,13 @@ def ulps(a: Tensor, b: Tensor) -> int:
         magnitude = bits & torch.iinfo(BITS[x.dtype]).max
         counts.append(torch.where(bits < 0, -magnitude, magnitude))
     high, low = torch.maximum(*counts), torch.minimum(*counts)
-    distance = high - low  # wraps around to below zero where it does not fit
+    distance = high - low  # negative where it does not fit in 64 bits
     most = torch.iinfo(torch.int64).max
     return int(torch.where(distance < 0, most, distance).max())
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
-    """‖x − exact‖ / ‖exact‖ in the 2-norm; infinite where x is not finite."""
+    """‖x − exact‖ / ‖exact‖ in the 2-norm; infinite if x is not finite."""
     gap = torch.linalg.vector_norm(x.double() - exact.double()).item()
     size = torch.linalg.vector_norm(exact.double()).item()
     if gap != gap:

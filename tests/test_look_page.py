@@ -1,4 +1,4 @@
-"""The page of ``minibert trace --html`` in a real browser, as a reader uses it."""
+"""The page of ``minibert trace --html`` in a real browser."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from minibert import Tagger
-from minibert.study.look import Inside, look
+from minibert.study.look import View, look
 from minibert.study.look_page import page as page_of
-from tests.test_inside import HOSTILE, TEXT, tagger, trained  # noqa: F401
+from tests.builders import minilm_checkpoint, small_checkpoint
+from tests.test_look import HOSTILE, TEXT, tagger_of
 
 FLAGS = (
     "--no-sandbox",
@@ -22,11 +23,11 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-HOVER_MS, HEAD_MS = 100, 300  # with 512 pieces: to light a token, to show another head
+HOVER_MS, HEAD_MS = 100, 300  # for 512 pieces: to select a token, to show another head
 NEAREST = """((colour) => {
     const gaps = ramp.map((known) => Math.hypot(...known.map((x, i) => x - colour[i])));
     return weight(gaps.indexOf(Math.min(...gaps)));
-})"""  # JavaScript: the weight that has a colour
+})"""  # JavaScript: the weight of a colour
 LONG = "who directed the frozen station with irene zimmer in a film of the fifties " * 60
 
 
@@ -44,25 +45,25 @@ def browser() -> Iterator:
 
 
 class Opened:
-    """A page in the browser, and what it complained of or asked for."""
+    """A page in the browser, with its console messages, errors and requests."""
 
     def __init__(self, browser, file: Path, html: str, width: int = 1100):
         file.write_text(html, encoding="utf-8")
         self.page = browser.new_page(viewport={"width": width, "height": 800})
-        self.complaints: list[str] = []
+        self.messages: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.messages.append(dialog.message))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri())
         self.shown(0, 0)
 
     def shown(self, layer: int, head: int) -> None:
-        """Wait until that head is drawn."""
+        """Wait until this head is drawn."""
         from playwright.sync_api import expect
 
-        # No wait_for_function: it asks for eval, which the page's policy forbids.
+        # Not wait_for_function: it needs eval, which the page's policy forbids.
         expect(self.page.locator("#map-title")).to_have_text(f"Layer {layer}, head {head}")
 
     def run(self, code: str):
@@ -71,80 +72,89 @@ class Opened:
     def token(self, index: int):
         return self.page.locator("#tokens button").nth(index)
 
-    def lit(self) -> list[float]:
-        """The weight of every token, read back from the colour it has on the screen."""
+    def weights(self) -> list[float]:
+        """The weight of every token, read back from its colour on the screen."""
         return self.run(
             f"""[...$("tokens").children].map((token) =>
                  {NEAREST}(getComputedStyle(token).backgroundColor.match(/\\d+/g).map(Number)))"""
         )
 
     def close(self) -> None:
-        assert self.complaints == []
+        assert self.messages == []
         assert len(self.requests) == 1, self.requests
         assert self.requests[0].startswith("file:")
         self.page.close()
 
 
 @pytest.fixture(scope="module")
-def inside(tagger: Tagger) -> Inside:  # noqa: F811
+def tagger(tmp_path_factory) -> Tagger:
+    sizes = {"num_hidden_layers": 6, "num_attention_heads": 12, "hidden_size": 48}
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return tagger_of(small_checkpoint(folder, words=("'", "?"), **sizes))
+
+
+@pytest.fixture(scope="module")
+def view(tagger: Tagger) -> View:
     return look(tagger, TEXT)
 
 
 @pytest.fixture
-def opened(browser, inside: Inside, tmp_path: Path) -> Iterator[Opened]:
-    found = Opened(browser, tmp_path / "page.html", page_of("runs/demo", inside))
+def opened(browser, view: View, tmp_path: Path) -> Iterator[Opened]:
+    found = Opened(browser, tmp_path / "page.html", page_of("runs/demo", view))
     yield found
     found.close()
 
 
 def close_to(weights) -> object:
-    return pytest.approx(list(map(float, weights)), abs=0.012)  # neighbouring colours may be equal
+    return pytest.approx(
+        list(map(float, weights)), abs=0.012
+    )  # neighbouring levels may share a colour
 
 
-def test_pointing_at_a_token_lights_what_it_looks_at(opened: Opened, inside: Inside) -> None:
+def test_pointing_at_a_token_shows_what_it_attends_to(opened: Opened, view: View) -> None:
     for token in (1, 4):
         opened.token(token).hover()
-        assert opened.lit() == close_to(inside.maps[0][0][token])
+        assert opened.weights() == close_to(view.maps[0][0][token])
         reading = opened.page.locator("#reading").inner_text()
-        assert reading.startswith(f"{inside.pieces[token]} looks at")
-    order = inside.maps[0][0][4].argsort(descending=True).tolist()
+        assert reading.startswith(f"{view.pieces[token]} attends to")
+    order = view.maps[0][0][4].argsort(descending=True).tolist()
     names = opened.page.locator("#strongest .name").all_inner_texts()
-    assert names[0].split(" at ")[0] == inside.pieces[order[0]]
+    assert names[0].split(" at ")[0] == view.pieces[order[0]]
     values = [float(v) for v in opened.page.locator("#strongest .value").all_inner_texts()]
-    assert values[:8] == close_to(inside.maps[0][0][4][order[:8]])
+    assert values[:8] == close_to(view.maps[0][0][4][order[:8]])
     assert sum(values) == pytest.approx(1, abs=0.06)  # nine rounded numbers
-    opened.page.get_by_text("is looked at by").click()
-    assert opened.lit() == close_to(inside.maps[0][0][:, 4])
+    opened.page.get_by_text("is attended to by").click()
+    assert opened.weights() == close_to(view.maps[0][0][:, 4])
 
 
-def test_a_held_token_stays_until_let_go(opened: Opened, inside: Inside) -> None:
+def test_a_pinned_token_stays_until_unpinned(opened: Opened, view: View) -> None:
     opened.token(2).click()
     opened.token(5).hover()
-    assert opened.lit() == close_to(inside.maps[0][0][2])
+    assert opened.weights() == close_to(view.maps[0][0][2])
     opened.page.keyboard.press("Escape")
     opened.token(6).hover()
-    assert opened.lit() == close_to(inside.maps[0][0][6])
+    assert opened.weights() == close_to(view.maps[0][0][6])
 
 
-def test_layer_and_head_are_picked_by_list_grid_and_key(opened: Opened, inside: Inside) -> None:
+def test_layer_and_head_are_picked_by_list_grid_and_key(opened: Opened, view: View) -> None:
     opened.token(3).hover()
     opened.page.locator("#layer").select_option("4")
     opened.page.locator("#head").select_option("7")
     opened.shown(4, 7)
-    assert opened.lit() == close_to(inside.maps[4][7][3])
+    assert opened.weights() == close_to(view.maps[4][7][3])
     opened.page.get_by_role("button", name="Layer 2, head 11").click()
     opened.shown(2, 11)
     assert opened.page.locator("#layer").input_value() == "2"
-    assert opened.lit() == close_to(inside.maps[2][11][3])
+    assert opened.weights() == close_to(view.maps[2][11][3])
     for key, layer, head in (("ArrowLeft", 2, 10), ("ArrowDown", 3, 10), ("End", 5, 11)):
         opened.page.keyboard.press(key)
         opened.shown(layer, head)
         pressed = opened.page.locator("#heads button[aria-pressed=true]")
         assert pressed.get_attribute("aria-label") == f"Layer {layer}, head {head}"
-        assert opened.lit() == close_to(inside.maps[layer][head][3])
+        assert opened.weights() == close_to(view.maps[layer][head][3])
 
 
-def test_everything_can_be_reached_by_keyboard(opened: Opened, inside: Inside) -> None:
+def test_everything_can_be_reached_by_keyboard(opened: Opened, view: View) -> None:
     seen = []
     while len(seen) < 8 and seen[-1:] != ["heads"]:
         opened.page.keyboard.press("Tab")
@@ -154,11 +164,11 @@ def test_everything_can_be_reached_by_keyboard(opened: Opened, inside: Inside) -
             opened.page.keyboard.press("ArrowRight")
             opened.page.keyboard.press("ArrowRight")
             assert opened.run("document.activeElement.dataset.index") == str(start + 2)
-            assert opened.lit() == close_to(inside.maps[0][0][start + 2])
+            assert opened.weights() == close_to(view.maps[0][0][start + 2])
             opened.page.keyboard.press("Enter")
             assert opened.run("document.activeElement.ariaPressed") == "true"
             opened.page.keyboard.press("Home")
-            assert opened.lit() == close_to(inside.maps[0][0][0])
+            assert opened.weights() == close_to(view.maps[0][0][0])
     assert [name for name in seen if name in ("layer", "head", "tokens", "heads")] == [
         "layer",
         "head",
@@ -167,11 +177,9 @@ def test_everything_can_be_reached_by_keyboard(opened: Opened, inside: Inside) -
     ]
 
 
-def test_the_map_is_drawn_and_drawn_anew_at_every_width_and_in_the_dark(
-    opened: Opened, inside: Inside
-) -> None:
+def test_the_map_is_redrawn_at_every_width_and_in_dark_mode(opened: Opened, view: View) -> None:
     cells = f"""(() => {{
-        const canvas = document.createElement("canvas"); // a copy, to be read from memory
+        const canvas = document.createElement("canvas"); // a copy to read from
         [canvas.width, canvas.height] = [$("map").width, $("map").height];
         const pen = canvas.getContext("2d", {{willReadFrequently: true}});
         pen.drawImage($("map"), 0, 0);
@@ -189,17 +197,19 @@ def test_the_map_is_drawn_and_drawn_anew_at_every_width_and_in_the_dark(
         for scheme in ("light", "dark"):
             opened.page.set_viewport_size({"width": width, "height": 700})
             opened.page.emulate_media(color_scheme=scheme)
-            opened.page.wait_for_timeout(200)  # the observer of sizes, and the head inflated anew
+            opened.page.wait_for_timeout(
+                200
+            )  # for the ResizeObserver and for inflating the head again
             assert opened.run("$('map').getBoundingClientRect().right <= innerWidth")
             assert opened.run("document.documentElement.scrollWidth <= innerWidth")
-            assert opened.run(cells) == close_to(inside.maps[2][8].flatten())
+            assert opened.run(cells) == close_to(view.maps[2][8].flatten())
             backgrounds.add(opened.run("getComputedStyle(document.body).backgroundColor"))
     assert len(backgrounds) == 2
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_every_shade(opened: Opened, scheme: str) -> None:
-    """Contrast of 4.5 to 1, as WCAG 2.2 asks of text (success criterion 1.4.3)."""
+    """The contrast is at least 4.5 to 1 (WCAG 2.2, success criterion 1.4.3)."""
     opened.page.emulate_media(color_scheme=scheme)
     opened.page.wait_for_timeout(100)
     contrasts = """(() => {
@@ -221,41 +231,43 @@ def test_text_stands_out_from_every_shade(opened: Opened, scheme: str) -> None:
     assert min(opened.run(contrasts)) >= 4.5
 
 
-def test_the_table_says_what_the_model_says(opened: Opened, inside: Inside) -> None:
+def test_the_table_shows_the_predictions(opened: Opened, view: View) -> None:
     rows = opened.page.locator("#predictions tbody tr")
-    assert rows.count() == len(inside.pieces)
-    for place in (0, *inside.firsts):
+    assert rows.count() == len(view.pieces)
+    for place in (0, *view.firsts):
         cells = rows.nth(place).locator("th, td").all_inner_texts()
-        word = inside.word_of[place]
-        assert cells[0] == inside.pieces[place]
-        assert cells[1] == ("" if word is None else inside.words[word])
-        for cell, layer in zip(cells[2:], inside.predictions):
+        word = view.word_of[place]
+        assert cells[0] == view.pieces[place]
+        assert cells[1] == ("" if word is None else view.words[word])
+        for cell, layer in zip(cells[2:], view.predictions):
             name, percent = cell.split()
             assert name == layer[place].name
             assert int(percent) == pytest.approx(100 * layer[place].score, abs=0.6)
-        assert cells[9].split()[:1] == ([] if word is None else [inside.labels[word].name])
+        assert cells[9].split()[:1] == ([] if word is None else [view.labels[word].name])
     marks = opened.page.locator("#sentence mark").all_inner_texts()
-    assert len(marks) == len(inside.entities) > 0
-    for mark, entity in zip(marks, inside.entities):
-        assert mark.split() == [*entity.text.split(), entity.type, f"{entity.score:.2f}"]
+    assert len(marks) == len(view.entities) > 0
+    for mark, entity in zip(marks, view.entities):
+        *words, score = mark.split()
+        assert words == [*entity.text.split(), entity.type]
+        assert float(score) == pytest.approx(entity.score, abs=0.0056)  # rounded twice
 
 
-def test_a_hostile_text_is_only_shown(browser, tagger: Tagger, tmp_path: Path) -> None:  # noqa: F811
-    inside = look(tagger, HOSTILE)
-    opened = Opened(browser, tmp_path / "page.html", page_of("<img src=x>", inside))
-    for token in range(0, len(inside.pieces), 7):
+def test_a_hostile_text_is_only_shown(browser, tagger: Tagger, tmp_path: Path) -> None:
+    view = look(tagger, HOSTILE)
+    opened = Opened(browser, tmp_path / "page.html", page_of("<img src=x>", view))
+    for token in range(0, len(view.pieces), 7):
         opened.token(token).hover()
-    assert opened.page.title() == "Inside minibert"
+    assert opened.page.title() == "minibert trace"
     assert opened.run("document.scripts.length") == 2
     assert opened.run("document.images.length") == 0
     texts = """[...$("sentence").childNodes].map((part) => part.firstChild?.data ?? "").join("")"""
     assert opened.run(texts) == HOSTILE
-    assert opened.run("[...$('tokens').children].map((t) => t.textContent)") == inside.pieces
+    assert opened.run("[...$('tokens').children].map((t) => t.textContent)") == view.pieces
     opened.close()
 
 
-def test_the_policy_forbids_what_is_not_the_pages_own(browser, inside, tmp_path: Path) -> None:
-    opened = Opened(browser, tmp_path / "page.html", page_of("x", inside))
+def test_the_policy_forbids_other_scripts_and_requests(browser, view: View, tmp_path: Path) -> None:
+    opened = Opened(browser, tmp_path / "page.html", page_of("x", view))
     opened.run(
         """(() => {
           const script = document.createElement("script");
@@ -270,23 +282,25 @@ def test_the_policy_forbids_what_is_not_the_pages_own(browser, inside, tmp_path:
         "refused"
     )
     assert opened.run("window.ran") is None
-    assert len(opened.complaints) >= 3
-    assert all("Content Security Policy" in complaint for complaint in opened.complaints[:2])
+    assert len(opened.messages) >= 3
+    assert all("Content Security Policy" in message for message in opened.messages[:2])
     opened.page.close()
 
 
-def test_512_pieces_stay_quick(browser, tagger: Tagger, tmp_path: Path) -> None:  # noqa: F811
-    """In processor time of the page's thread, for a busy machine is not a fault of the page."""
-    inside = look(tagger, LONG)
-    html = page_of("long", inside)
-    assert len(inside.pieces) == 512
+@pytest.mark.slow
+def test_a_page_of_512_pieces_is_fast(browser, minilm: Path, tmp_path: Path) -> None:
+    """Measured in CPU time of the page's thread, so that a busy machine does not fail it."""
+    folder = minilm_checkpoint(minilm, tmp_path / "minilm", ["O", "B-X", "I-X"])
+    view = look(tagger_of(folder), LONG)
+    html = page_of("long", view)
+    assert len(view.pieces) == 512
     assert len(html) < 8e6  # 72 maps
     opened = Opened(browser, tmp_path / "page.html", html)
     tools = opened.page.context.new_cdp_session(opened.page)
     tools.send("Performance.enable", {"timeDomain": "threadTicks"})
 
     def busy() -> float:
-        """Milliseconds that the thread has worked: scripts, styles, layout, painting."""
+        """CPU time of the thread in milliseconds: scripts, styles, layout, painting."""
         opened.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
         found = tools.send("Performance.getMetrics")["metrics"]
         return 1000 * next(m["value"] for m in found if m["name"] == "TaskDuration")
@@ -295,7 +309,7 @@ def test_512_pieces_stay_quick(browser, tagger: Tagger, tmp_path: Path) -> None:
     hovers, heads = [], []
     for index in (5, 70, 20):
         start = busy()
-        opened.run(f"$('tokens').children[{index}].dispatchEvent({over})")  # what a pointer sends
+        opened.run(f"$('tokens').children[{index}].dispatchEvent({over})")  # as a pointer does
         hovers.append(busy() - start)
         assert opened.run("state.token") == index
     for head in (5, 2, 9):
@@ -307,5 +321,5 @@ def test_512_pieces_stay_quick(browser, tagger: Tagger, tmp_path: Path) -> None:
     assert min(hovers) < HOVER_MS, hovers
     assert min(heads) < HEAD_MS, heads
     opened.token(30).hover()
-    assert opened.lit() == pytest.approx(inside.maps[0][9][30].tolist(), abs=0.035)
+    assert opened.weights() == pytest.approx(view.maps[0][9][30].tolist(), abs=0.035)
     opened.close()

@@ -1,10 +1,9 @@
-"""The parity report: silent where everything is equal, and right about where it is not."""
+"""Parity finds no difference where there is none, and names a planted fault where it is."""
 
 from __future__ import annotations
 
 import json
 import re
-import string
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -18,70 +17,53 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minibert
-from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification
+from minibert import BertForMaskedLM, BertForTokenClassification, Tokenizer
 from minibert.cli import main
 from minibert.files import MinibertError
 from minibert.machine import Chosen
 from minibert.model import attention
 from minibert.model.encoder import Embeddings
-from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import cuda, fused
 from minibert.study.parity import compare as parity_module
-from minibert.study.parity import ulps
-from minibert.study.parity.compare import TEXTS as TEXTS_OF_ITS_OWN
+from minibert.study.parity import reference, ulps
+from minibert.study.parity.compare import TEXTS as DEFAULT_TEXTS
 from minibert.study.parity.compare import compare
 from minibert.study.parity.judge import OPERATIONS, Comparison, Row, table
 from minibert.study.parity.page import picture
-from minibert.study.trace import names
+from tests.builders import save, small_bert, small_checkpoint
 
-CONFIG = BertConfig(
-    vocab_size=60,
-    hidden_size=36,
-    num_attention_heads=3,  # K = 12: its square root is not exact and hides no order of operations
-    num_hidden_layers=2,
-    intermediate_size=50,
-    max_position_embeddings=24,
-    labels=tuple("abcde"),
-)
 TEXTS = ("who knows", "a", "some text here")
 ATTN, DTYPES = ("eager", "sdpa"), ("fp32", "bf16", "fp16")
+COMPARED = reference.watched(2)  # every intermediate but probs_dropped
 
 
-def checkpoint(folder: Path, kind: type = BertForTokenClassification, sharpness: float = 1) -> Path:
-    torch.manual_seed(4)
-    net = kind(CONFIG)
-    with torch.no_grad():  # biases that are not zero, attention that is not uniform
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-        for layer in net.bert.layers:
-            layer.attention.query.weight.mul_(sharpness)
-    net.save_pretrained(folder)
-    letters = [*string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    return folder
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> None:
+    if "minilm" not in request.fixturenames:
+        request.getfixturevalue("one_thread")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("tiny"))
+    return small_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMaskedLM])
 def test_every_promise_is_kept(kind: type, tmp_path: Path) -> None:
-    found = compare(checkpoint(tmp_path, kind), TEXTS)
+    folder = small_checkpoint(tmp_path, kind)
+    found = compare(folder, TEXTS)
     assert [(c.attn, c.dtype, c.layout) for c in found] == [
         (attn, dtype, layout)
         for dtype in DTYPES
         for attn in ATTN
         for layout in ("padded", "packed")
     ]
-    parameters = [name for name, _ in kind(CONFIG).named_parameters()]
+    parameters = [name for name, _ in kind.from_pretrained(folder).named_parameters()]
     for c in found:
         where = (c.attn, c.dtype, c.layout)
         assert c.kept, (where, str(c.first_broken))
         kinds = ("gradient", "step", "dropout") if c.layout == "padded" else ("gradient", "step")
-        wanted = names(2) + [f"{kind}:{name}" for kind in kinds for name in parameters]
+        wanted = COMPARED + [f"{kind}:{name}" for kind in kinds for name in parameters]
         assert [row.name for row in c.rows] == wanted
         assert {row.operation for row in c.rows} <= OPERATIONS.keys()
         for row in c.rows:
@@ -91,13 +73,17 @@ def test_every_promise_is_kept(kind: type, tmp_path: Path) -> None:
                 assert row.error == row.reference_error
             if not row.name.startswith("dropout"):
                 assert 0 < row.error < (2e-6 if c.dtype == "fp32" else 3e-2) or ":" in row.name
-                # padded float64 is that of transformers to rounding
+                # In float64 minibert equals transformers, but for rounding in packed batches.
                 assert row.own_error == pytest.approx(row.error, rel=1e-3)
 
 
 def test_hidden_scores_that_overflow_in_fp16(tmp_path: Path) -> None:
-    """finfo.min plus a score below -16 is -inf there, in transformers as here."""
-    folder = checkpoint(tmp_path, sharpness=6)
+    """In fp16 finfo.min plus a score below -16 is -inf, in both libraries."""
+    net = small_bert()
+    with torch.no_grad():
+        for layer in net.bert.layers:
+            layer.attention.query.weight.mul_(6)
+    folder = save(net, tmp_path)
     net = BertForTokenClassification.from_pretrained(folder, dtype=torch.float16)
     padded, _ = parity_module.batches(net, Tokenizer.from_pretrained(folder), TEXTS)
     with minibert.trace(net) as t, torch.no_grad():
@@ -155,12 +141,12 @@ PLANTED = {
     "no output bias": (no_bias("bert.layers.0.attention.output"), "layers.0.attention_output"),
     "no up bias": (no_bias("bert.layers.0.feed_forward.up"), "layers.0.pre_gelu"),
     "no down bias": (no_bias("bert.layers.1.feed_forward.down"), "layers.1.ffn_output"),
-    "no classifier bias": (no_bias("classifier"), "logits"),
+    "no classifier bias": (no_bias("head.classifier"), "logits"),
 }
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, change: Callable) -> None:
-    """Have parity load a minibert with a mistake in it."""
+    """Have parity load a minibert model with a mistake."""
     load = BertForTokenClassification.from_pretrained
 
     class Mistaken(BertForTokenClassification):
@@ -189,17 +175,18 @@ def test_a_planted_mistake_is_found_where_it_is(mistake: str, tiny: Path, monkey
 
 def test_swapped_embedding_sums_are_found(tiny: Path, monkeypatch) -> None:
     plant(monkeypatch, swapped_sums)
-    padded, packed = compare(tiny, TEXTS, attn=["eager"], dtypes=["fp32"])
+    padded, packed = compare(tiny, TEXTS, attn=["eager"], dtypes=[torch.float32])
+    assert padded.dtype == packed.dtype == "fp32"
     assert padded.first_broken.name == "embeddings.sum"
     assert 0 < padded.first_broken.max_abs < 1e-6
-    # An order of sums is rounding, which packed batches do not promise.
+    # The order of a sum changes the rounding, about which packed batches promise nothing.
     assert packed.first_difference.name == "embeddings.sum"
     assert packed.kept
 
 
 @pytest.mark.parametrize("fill", [-1e4, -10.0])
 def test_a_bad_mask_fill_is_found(fill: float, tiny: Path, monkeypatch) -> None:
-    """-1e4 leaves the outputs as they are; the scores tell."""
+    """-1e4 does not change the outputs, only the scores."""
 
     def scores(block, q_BHSK, k_BHSK):
         scores_BHSS = torch.matmul(q_BHSK, k_BHSK.transpose(2, 3)) * q_BHSK.shape[-1] ** -0.5
@@ -216,7 +203,7 @@ def test_a_bad_mask_fill_is_found(fill: float, tiny: Path, monkeypatch) -> None:
 
 
 def test_a_kernel_without_its_mask_is_found(tiny: Path, monkeypatch) -> None:
-    """Scores and maps are computed apart from the kernel: its mistakes show in its output."""
+    """Scores and probabilities are computed apart from sdpa, whose faults show in its output."""
     kernel = F.scaled_dot_product_attention
 
     def blind(q, k, v, attn_mask, dropout_p, scale):
@@ -255,24 +242,26 @@ def test_the_command(tiny: Path, capsys, monkeypatch) -> None:
     row = found["comparisons"][0]["rows"][0]
     assert row["name"] == row["operation"] == "embeddings.sum"
     assert row["equal"]
-    assert main([*chosen, "--padded"]) == 0
+    assert main([*chosen, "--layout", "padded"]) == 0
     short = capsys.readouterr().out
+    assert main([*chosen, "--padded"]) == 0
+    assert capsys.readouterr().out == short
     assert short.endswith("PASS\n")
-    assert short.count("no difference to transformers") == 1
-    assert main([*chosen, "--packed", "--full"]) == 0
+    assert short.count("no difference from transformers") == 1
+    assert main([*chosen, "--layout", "packed", "--full"]) == 0
     full = capsys.readouterr().out
     assert "padded" not in full
-    assert all(f"  {name} " in full for name in names(2))
+    assert all(f"  {name} " in full for name in COMPARED)
     plant(monkeypatch, tanh_gelu)
-    assert main([*chosen, "--padded"]) == 1
+    assert main([*chosen, "--layout", "padded"]) == 1
     assert capsys.readouterr().out.endswith("FAIL\n")
-    assert main([*chosen, "--padded", "--json"]) == 1
+    assert main([*chosen, "--layout", "padded", "--json"]) == 1
     broken = json.loads(capsys.readouterr().out)["comparisons"][0]
     assert broken["first_broken"] == broken["first_difference"] == "layers.1.post_gelu"
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: tags that close, texts, and addresses."""
+    """What a browser makes of the page: tags that close, texts and addresses."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -305,7 +294,7 @@ def test_the_page_draws_every_intermediate_and_escapes_text(
     hostile = "<script>a</script>"
     plant(monkeypatch, tanh_gelu)
     file = tmp_path / "page.html"
-    chosen = ["--attn", "sdpa", "--dtype", "fp32", "--packed", "--html", str(file)]
+    chosen = ["--attn", "sdpa", "--dtype", "fp32", "--layout", "packed", "--html", str(file)]
     assert main(["parity", str(tiny), hostile, "b", *chosen]) == 1
     assert "first broken: layers.1.post_gelu" in capsys.readouterr().out
     text = file.read_text()
@@ -315,19 +304,19 @@ def test_the_page_draws_every_intermediate_and_escapes_text(
     assert "script" not in page.tags
     assert page.addresses == []
     assert page.tags.count("svg") == 1
-    assert page.tags.count("circle") == len(names(2))
+    assert page.tags.count("circle") == len(COMPARED)
     assert page.tags.count("polyline") == 2
     red = re.findall(r'r="4.5" style="fill:var\(--broken\)"><title>(\S+):', text)
     assert red[0] == "layers.1.post_gelu"
     points = [re.findall(r"[\d.]+,([\d.]+)", line) for line in re.findall(r'points="(.*?)"', text)]
     theirs, ours = ([float(y) for y in line] for line in points)
-    fault = names(2).index("layers.1.post_gelu")
-    assert len(theirs) == len(ours) == len(names(2))
+    fault = COMPARED.index("layers.1.post_gelu")
+    assert len(theirs) == len(ours) == len(COMPARED)
     assert max(abs(a - b) for a, b in zip(theirs[:fault], ours[:fault])) < 10
-    assert theirs[fault] - ours[fault] > 50  # far above, and up is less
+    assert theirs[fault] - ours[fault] > 50  # far above: y grows downward
 
 
-def test_a_picture_of_numbers_that_are_none() -> None:
+def test_errors_that_cannot_be_drawn_are_gaps() -> None:
     def row(name: str, error: float | None) -> Row:
         return Row(name, False, 0.0, 0, error, error, error, False, "first at [0]: 0.0")
 
@@ -338,7 +327,7 @@ def test_a_picture_of_numbers_that_are_none() -> None:
 
 
 def test_fused_attention_is_held_to_a_bounded_error(tiny: Path, capsys, monkeypatch) -> None:
-    """Its kernel stands in for itself here: sdpa, a sentence at a time. No GPU ran this yet."""
+    """sdpa, one sentence at a time, stands in for the kernel, which needs a GPU."""
 
     def attend(q_NHK, k_NHK, v_NHK, starts, max_length, dropout_p=0.0):
         parts = [x.split(starts.diff().tolist()) for x in (q_NHK, k_NHK, v_NHK)]
@@ -349,12 +338,12 @@ def test_fused_attention_is_held_to_a_bounded_error(tiny: Path, capsys, monkeypa
             ]
         )
 
-    monkeypatch.setattr(fused, "choose", lambda name, *_: Chosen(name, "stands in for itself"))
+    monkeypatch.setattr(fused, "choose", lambda name, *_: Chosen(name, "a stand-in"))
     monkeypatch.setattr(cuda, "attend_packed", attend)
     for c in compare(tiny, TEXTS, attn=["fused"], dtypes=["fp32", "bf16"]):
         assert c.kept, (c.title, str(c.first_broken))
         assert c.promise.startswith("error within 2x")
-        assert [row.name for row in c.rows if row.name in names(2)] == names(2)
+        assert [row.name for row in c.rows if row.name in COMPARED] == COMPARED
         assert not any(row.name.startswith("dropout") for row in c.rows)
     half = cuda.attend_packed
     monkeypatch.setattr(cuda, "attend_packed", lambda *args: half(*args) * (1 + 1e-4))
@@ -362,7 +351,7 @@ def test_fused_attention_is_held_to_a_bounded_error(tiny: Path, capsys, monkeypa
         assert c.first_broken.name == "layers.0.context"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
 @pytest.mark.parametrize("chosen", [["--attn", "fused"], ["--device", "cuda"]])
 def test_without_a_gpu_it_says_so(chosen: list[str], tiny: Path, capsys) -> None:
     assert main(["parity", str(tiny), *chosen]) == 2
@@ -378,9 +367,9 @@ def test_every_promise_is_kept_on_a_gpu(minilm: Path) -> None:
         assert c.kept, (c.title, str(c.first_broken))
 
 
-def test_what_cannot_be_compared_is_said(tiny: Path, capsys, monkeypatch) -> None:
-    assert main(["parity", str(tiny), "x" * 10 + " y" * 20]) == 2
-    assert "text 1: 32 word-pieces, but the model has 24 positions" in capsys.readouterr().err
+def test_what_cannot_be_compared_is_an_error(tiny: Path, capsys, monkeypatch) -> None:
+    assert main(["parity", str(tiny), "x" * 10 + " y" * 60]) == 2
+    assert "text 1: 72 word-pieces, but the model has 64 positions" in capsys.readouterr().err
     with pytest.raises(MinibertError, match="no text"):
         compare(tiny, [])
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -390,8 +379,9 @@ def test_what_cannot_be_compared_is_said(tiny: Path, capsys, monkeypatch) -> Non
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_minilm(minilm: Path) -> None:
-    texts = TEXTS_OF_ITS_OWN[:2]
+    texts = DEFAULT_TEXTS[:2]
     padded, packed = compare(minilm, texts, attn=["eager"], dtypes=["fp32"])
     assert padded.kept
     assert packed.kept, str(packed.first_broken)
@@ -408,7 +398,7 @@ def test_ulps_count_the_steps_between_two_numbers(dtype, start: float, steps: in
     for _ in range(steps):
         if dtype in (torch.float64, torch.float32):
             b = torch.nextafter(b, torch.tensor([1.0], dtype=dtype))
-        else:  # no nextafter for these: the neighbour is the next bit pattern
+        else:  # torch has no nextafter for these: the neighbour is the next bit pattern
             bits = b.view(torch.int16)
             zero_next = torch.zeros_like(bits) + 1
             up = torch.where(b == 0, zero_next, torch.where(b > 0, bits + 1, bits - 1))
@@ -416,7 +406,7 @@ def test_ulps_count_the_steps_between_two_numbers(dtype, start: float, steps: in
     assert ulps.ulps(a, b) == ulps.ulps(b, a) == steps
 
 
-def test_numbers_that_are_none() -> None:
+def test_nan_and_infinity() -> None:
     nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0])
     assert ulps.ulps(nan, nan) == 0
     assert ulps.max_abs(nan, nan) == 0
