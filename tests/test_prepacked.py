@@ -149,7 +149,7 @@ def test_tag_reports_its_configuration_on_a_terminal(
     assert said() == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert (
-        said("--dtype", "fp32", "--padded") == "minibert: cpu, fp32, attention sdpa, plain layers\n"
+        said("--dtype", "fp32", "--plain") == "minibert: cpu, fp32, attention sdpa, plain layers\n"
     )
     assert said("--dtype", "fp32").endswith("weights packed for oneDNN\n")
     monkeypatch.setattr(machine, "cpu_flags", frozenset)
@@ -207,8 +207,14 @@ def test_filler_changes_no_result(lengths: list[int]) -> None:
     assert abs(got.loss - expected.loss) < 1e-10
 
 
-def test_padded_on_the_command_line_means_plain_layers(directory: Path) -> None:
-    options = cli._parser().parse_args(["tag", str(directory), "who", "--padded"])
+@pytest.mark.parametrize("layout", [["--padded"], ["--layout", "padded"], ["--packed"], []])
+@pytest.mark.parametrize("plain", [["--plain"], []])
+def test_layout_and_layers_are_chosen_apart(
+    directory: Path, layout: list[str], plain: list[str]
+) -> None:
+    options = cli._parser().parse_args(["tag", str(directory), "who", *layout, *plain])
     tagger = cli._tagger(options)
-    assert not tagger.pack
-    assert all(isinstance(layer, EncoderLayer) for layer in tagger.model.bert.layers)
+    assert tagger.pack == ("padded" not in "".join(layout))
+    prepacks = prepacked.choose(tagger.model.device, tagger.model.dtype, may_round=True).value
+    is_plain = [isinstance(layer, EncoderLayer) for layer in tagger.model.bert.layers]
+    assert all(is_plain) if plain or not prepacks else not any(is_plain)

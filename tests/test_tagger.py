@@ -229,7 +229,9 @@ def test_evaluate_prints_table_and_json(directory: Path, capsys, tmp_path: Path)
     numbers = json.loads(out)
     assert numbers["sentences"] == 20
     assert 0 <= numbers["entity_f1"] <= 1
-    status, out, _ = run(capsys, "evaluate", directory, path, "--dtype", "fp32", "--padded")
+    status, out, _ = run(
+        capsys, "evaluate", directory, path, "--dtype", "fp32", "--padded", "--plain"
+    )
     assert f"entity F1 (seqeval default, conlleval)   {numbers['entity_f1']:8.2%}" in out
 
 
