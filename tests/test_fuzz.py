@@ -158,7 +158,7 @@ def test_labels_that_no_tagger_can_use(folder: Path) -> None:
         ),
         (
             {"labels": ("O",), "max_position_embeddings": 2},
-            "max_position_embeddings is 2: a text needs three",
+            "max_position_embeddings is 2: a text needs at least 3",
         ),
     ):
         tagger.model.config = BertConfig(**(vars(BertConfig()) | {"vocab_size": 999} | change))
