@@ -185,7 +185,11 @@ def summary(results: dict[str, Result]) -> str:
     rows.append(["peak memory, training", *(memory(result, "train") for result in found)])
     body = markdown(["speed-up over", *map(machine, found)], [row for row in rows if any(row[1:])])
     dates = " and ".join(sorted({result["date"] for result in found}))
-    return f"{body}\n\n`make bench`, {dates}. All rows: [docs/speed.md](docs/speed.md)."
+    return (
+        f"{body}\n\nContenders alternate within one run; one column per CPU type; medians. "
+        f"minibert uses Tagger's defaults.\n`make bench`, {dates}. "
+        "All rows: [docs/speed.md](docs/speed.md)."
+    )
 
 
 def memory(result: Result, process: str) -> str:

@@ -166,8 +166,11 @@ def table(folder: Path = runs.RESULTS) -> str:
             sources.append(f"`{paths[-1].name}` (`{command}`)")
         for row, key in zip(rows, ROWS):
             row.append(cell([100 * run[key] for run in found if key in run]))
-    sources = f"From `benchmarks/results/`: {', '.join(sources)}."
-    return f"{markdown(head, rows)}\n\n{sources}"
+    return (
+        f"{markdown(head, rows)}\n\nAll columns share initial weights, seeds, batches and learning "
+        "rate; transformers pads and does not average the weights.\n"
+        f"From `benchmarks/results/`: {', '.join(sources)}."
+    )
 
 
 def cell(values: list[float]) -> str:

@@ -152,7 +152,7 @@ def test_real_weights_and_a_fresh_head(minilm: Path, attn: str, dtype: torch.dty
     assert ours.load_report.initialised == ("classifier.weight", "classifier.bias")
     rows, length = (2, 9) if is_slow(dtype) else (3, 17)
     for train in (False, True):
-        for mask in ("none", "dead row"):
+        for mask in ("none", "right", "dead row"):
             inputs = batch(ours.config, rows, length, mask, segments=False)
             assert_same_step(theirs, ours, inputs, train)
 

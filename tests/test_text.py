@@ -64,7 +64,7 @@ def test_the_tagger_finds_entities(tagger: Tagger) -> None:
     assert len(tagger(" ".join(fuzz.WORDS * 3))) > 3
 
 
-@settings(max_examples=100)
+@settings(max_examples=300)
 @given(STRANGE)
 def test_entities_stand_where_they_say(tagger: Tagger, text: str) -> None:
     check(tagger, text)
@@ -86,7 +86,7 @@ def check(tagger: Tagger, text: str) -> None:
         end = entity.stop
 
 
-@settings(max_examples=50)
+@settings(max_examples=100)
 @given(st.lists(STRANGE.map(lambda text: text.replace("\n", " ")), max_size=5))
 @example(["a\rb", "\u2028", "", "c\r"])
 def test_one_line_in_is_one_line_out(folder: Path, lines: list[str]) -> None:
