@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
-    from minibert.files import MinibertError
-    from minibert.model.config import BertConfig
-    from minibert.model.heads import BertForMaskedLM, BertForTokenClassification
-    from minibert.model.layout import Packed
-    from minibert.pretrained.tokenizer import Tokenizer
-    from minibert.study.parity.compare import compare
-    from minibert.study.trace import trace
-    from minibert.tagging.evaluate import evaluate
-    from minibert.tagging.tagger import Tagger
-    from minibert.tagging.words import Entity, Label
+    from minibert.files import MinibertError as MinibertError
+    from minibert.model.config import BertConfig as BertConfig
+    from minibert.model.heads import (
+        BertForMaskedLM as BertForMaskedLM,
+    )
+    from minibert.model.heads import (
+        BertForTokenClassification as BertForTokenClassification,
+    )
+    from minibert.model.layout import Packed as Packed
+    from minibert.pretrained.tokenizer import Tokenizer as Tokenizer
+    from minibert.study.parity.compare import compare as compare
+    from minibert.study.trace import trace as trace
+    from minibert.tagging.evaluate import evaluate as evaluate
+    from minibert.tagging.tagger import Tagger as Tagger
+    from minibert.tagging.words import Entity as Entity
+    from minibert.tagging.words import Label as Label
 
 _HOME = {
     "BertConfig": "model.config",
@@ -34,20 +40,7 @@ _HOME = {
     "evaluate": "tagging.evaluate",
     "trace": "study.trace",
 }
-__all__ = [
-    "BertConfig",
-    "BertForMaskedLM",
-    "BertForTokenClassification",
-    "Entity",
-    "Label",
-    "MinibertError",
-    "Packed",
-    "Tagger",
-    "Tokenizer",
-    "compare",
-    "evaluate",
-    "trace",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
