@@ -1,4 +1,4 @@
-"""Small models, saved checkpoints, transformers' twin of a model, and BIO files, for all tests."""
+"""Small models, checkpoints, transformers' twin of a model, batches and BIO files for all tests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Tokenizer
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Packed, Tokenizer
 from minibert.files import write_text
+from minibert.model.labels import IGNORE
 from minibert.pretrained import config_json
 from minibert.pretrained.weights import names_of
 from minibert.text.bio import write_bio as write_bio  # for the tests to import from here
@@ -136,3 +137,29 @@ def twin(model: BertForTokenClassification | BertForMaskedLM, attn: str = "sdpa"
         for own, their in names.items():
             parameters[their].copy_(model.get_parameter(own))
     return theirs
+
+
+def padded_and_packed(
+    lengths: Sequence[int], config: BertConfig, device: str = "cpu"
+) -> tuple[dict, dict, Tensor]:
+    """Random sentences as model inputs with labels, some of them IGNORE.
+
+    Returns:
+        The padded batch, the packed batch, and the mask (B, S) of the tokens in the padded one.
+    """
+    draw = torch.Generator().manual_seed(sum(lengths))
+    shape = (len(lengths), max(lengths))
+    mask_BS = torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]
+    labels_BS = torch.randint(config.num_labels, shape, generator=draw)
+    labels_BS[torch.rand(shape, generator=draw) < 0.3] = IGNORE
+    labels_BS[0, 0] = 0  # at least one counts
+    padded = {
+        "input_ids": torch.randint(1, config.vocab_size, shape, generator=draw),
+        "token_type_ids": torch.randint(config.type_vocab_size, shape, generator=draw),
+        "labels": labels_BS.masked_fill(~mask_BS, IGNORE),
+    }
+    packed = {name: x_BS[mask_BS].to(device) for name, x_BS in padded.items()}
+    padded = {name: x_BS.to(device) for name, x_BS in padded.items()}
+    padded["attention_mask"] = mask_BS.long().to(device)
+    packed["layout"] = Packed.from_lengths(lengths, device)
+    return padded, packed, mask_BS.to(device)

@@ -36,7 +36,7 @@ def test_mutated_inputs_are_accepted_or_refused_in_one_line(count: int) -> None:
         assert min(ended["accepted"], ended["refused"]) >= 1, target
 
 
-def test_the_harness_sees_what_it_looks_for(monkeypatch, capfd) -> None:
+def test_the_harness_detects_each_fault(monkeypatch, capfd) -> None:
     """A target that fails in each way that the harness must detect."""
     played = """
 import fuzz, json, sys
@@ -142,12 +142,12 @@ def test_any_config_is_taken_or_refused_in_a_line(raw: dict) -> None:
         ("", "Expecting value"),
     ],
 )
-def test_json_that_says_nothing_or_two_things(text: str, message: str) -> None:
+def test_invalid_or_ambiguous_json_is_refused(text: str, message: str) -> None:
     with pytest.raises(MinibertError, match=f"^file: not valid JSON .*{message}.*fetch the file"):
         parse_json(text, "file")
 
 
-def test_labels_that_no_tagger_can_use(folder: Path) -> None:
+def test_labels_that_are_not_bio_are_refused(folder: Path) -> None:
     tagger = Tagger.from_pretrained(folder)
     for change, message in (
         ({"labels": ("O", "PER")}, "the label 'PER' is not O, B-TYPE or I-TYPE"),
@@ -166,7 +166,7 @@ def test_labels_that_no_tagger_can_use(folder: Path) -> None:
             Tagger(tagger.model, tagger.tokenizer)
 
 
-def test_weights_that_answer_nan_are_named(folder: Path) -> None:
+def test_scores_that_are_not_finite_are_an_error(folder: Path) -> None:
     tagger = Tagger.from_pretrained(folder, dtype="fp32")
     tagger.model.head.classifier.weight.data[0, 0] = float("nan")
     with pytest.raises(MinibertError, match=r"scores are not finite: .*try --dtype fp32"):
@@ -215,7 +215,7 @@ def tensor(start: int, stop: int, *shape: int, dtype: str = "F32") -> dict:
         ),
     ],
 )
-def test_headers_that_lie_are_refused(folder: Path, header, message: str) -> None:
+def test_inconsistent_headers_are_refused(folder: Path, header, message: str) -> None:
     path = folder / "model.safetensors"
     repacked(path, header, bytes(16))
     with pytest.raises(MinibertError, match=f"^{re.escape(str(path))}: .*{message}"):
@@ -284,7 +284,7 @@ def test_a_tensor_that_is_not_used_takes_no_memory(folder: Path) -> None:
         (lambda t: "[PAD]\n\n\nx\n", r"vocab\.txt:3: '' is on line 2 already"),
     ],
 )
-def test_a_vocabulary_that_is_none(folder: Path, change, message: str) -> None:
+def test_invalid_vocabularies_are_refused(folder: Path, change, message: str) -> None:
     (folder / "tokenizer.json").unlink()
     path = folder / "vocab.txt"
     path.write_text(change(path.read_text()))
@@ -319,7 +319,7 @@ def _set(raw: dict, *path: str, value) -> dict:
         (("version",), "\u2028", "not a tokenizer"),
     ],
 )
-def test_a_tokenizer_that_is_no_berts(folder: Path, path, value, message: str) -> None:
+def test_other_tokenizers_are_refused(folder: Path, path, value, message: str) -> None:
     file = folder / "tokenizer.json"
     raw = json.loads(file.read_text())
     _set(raw, *path, value=value)
@@ -328,7 +328,7 @@ def test_a_tokenizer_that_is_no_berts(folder: Path, path, value, message: str) -
         Tokenizer.from_pretrained(folder)
 
 
-def test_an_error_is_one_line_whatever_is_in_it() -> None:
+def test_an_error_is_always_one_line() -> None:
     assert str(MinibertError("a\nb\u2028c\x85d\re")) == "a b c d e"
     long = str(MinibertError("where: " + "x" * 10**6 + ": remedy"))
     assert len(long) <= LINE + 5
@@ -336,7 +336,7 @@ def test_an_error_is_one_line_whatever_is_in_it() -> None:
     assert long.endswith(": remedy")
 
 
-def test_the_same_number_is_the_same_input() -> None:
+def test_an_input_depends_on_seed_and_number_only() -> None:
     draws = [mutate.text_(fuzz.Random("7 3"), 5) for _ in range(2)]
     assert draws[0] == draws[1] != mutate.text_(fuzz.Random("7 4"), 5)
     raw = {"a": [1, {"b": 2}], "c": {}}

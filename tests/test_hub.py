@@ -22,6 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 PIN = Pin("file.bin", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
+PAGE = b"<html>sign in</html>"
+BODIES = {  # of the faults that change it
+    "html": PAGE,
+    "moved to a page": PAGE,
+    "html as long as the file": PAGE.ljust(len(CONTENT)),
+    "wrong": CONTENT[:-1] + b"!",
+    "changed": bytes(len(CONTENT)),
+    "grown": CONTENT + b"more",
+    "endless": CONTENT * 3,
+    "endless unannounced": CONTENT * 3,
+}
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Serves CONTENT at /file.bin, with the fault named by ``mode``."""
@@ -51,19 +63,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/file.bin" if "circle" in mode else "/login")
             self.end_headers()
             return
-        body = CONTENT
-        if mode in ("html", "moved to a page"):
-            body = b"<html>sign in</html>"
-        elif mode == "html as long as the file":
-            body = b"<html>sign in</html>".ljust(len(CONTENT))
-        elif mode == "wrong":
-            body = CONTENT[:-1] + b"!"
-        elif mode == "changed":
-            body = bytes(len(CONTENT))
-        elif mode == "grown":
-            body = CONTENT + b"more"
-        elif mode.startswith("endless"):
-            body = CONTENT * 3
+        body = BODIES.get(mode, CONTENT)
         start = 0
         if wanted and mode not in ("no ranges", "html", "html as long as the file"):
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
@@ -122,9 +122,7 @@ def test_a_good_download_is_whole(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("second", ["good", "no ranges"])
-def test_an_interrupted_download_is_taken_up_again(
-    server: Server, tmp_path: Path, second: str
-) -> None:
+def test_an_interrupted_download_resumes(server: Server, tmp_path: Path, second: str) -> None:
     server.mode = "interrupted"
     with pytest.raises(MinibertError, match=r"cannot be downloaded.*repeat the command"):
         hub.fetch(url(server), PIN, tmp_path)
@@ -137,7 +135,7 @@ def test_an_interrupted_download_is_taken_up_again(
 
 
 @pytest.mark.parametrize("mode", ["wrong", "endless unannounced", "html as long as the file"])
-def test_what_is_not_the_file_is_removed(server: Server, tmp_path: Path, mode: str) -> None:
+def test_a_wrong_download_is_removed(server: Server, tmp_path: Path, mode: str) -> None:
     server.mode = mode
     with pytest.raises(MinibertError, match="is not the pinned file"):
         hub.fetch(url(server), PIN, tmp_path)
@@ -148,7 +146,7 @@ def test_what_is_not_the_file_is_removed(server: Server, tmp_path: Path, mode: s
     "mode",
     ["html", "moved to a page", "endless", "announces less", "announces more", "grown"],
 )
-def test_what_announces_another_size_is_not_begun(
+def test_an_announced_size_that_does_not_match_is_refused(
     server: Server, tmp_path: Path, mode: str
 ) -> None:
     server.mode = mode
@@ -164,7 +162,7 @@ def part(folder: Path) -> Path:
     return path
 
 
-def test_a_page_in_between_does_not_cost_what_is_there(server: Server, tmp_path: Path) -> None:
+def test_a_sign_in_page_keeps_the_partial_download(server: Server, tmp_path: Path) -> None:
     """A captive portal answers once with its sign-in page; the partial download survives."""
     kept = part(tmp_path)
     server.mode = "html"
@@ -177,9 +175,7 @@ def test_a_page_in_between_does_not_cost_what_is_there(server: Server, tmp_path:
 
 
 @pytest.mark.parametrize("mode", ["another range", "changed", "grown"])
-def test_the_rest_of_another_file_is_not_put_to_ours(
-    server: Server, tmp_path: Path, mode: str
-) -> None:
+def test_a_part_of_another_file_is_not_appended(server: Server, tmp_path: Path, mode: str) -> None:
     """The server sends the wrong range, or its file changed since the first part."""
     part(tmp_path)
     server.mode = mode
@@ -201,7 +197,7 @@ def test_the_rest_of_another_file_is_not_put_to_ours(
         ("moved in a circle", "infinite loop"),
     ],
 )
-def test_a_server_that_does_not_deliver(
+def test_a_server_that_stalls_or_misdirects(
     server: Server, tmp_path: Path, mode: str, message: str
 ) -> None:
     server.mode = mode

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from builders import small_bert, twin
+from builders import padded_and_packed, small_bert, small_config, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,28 +32,7 @@ def model(attn: str, dtype: torch.dtype) -> BertForTokenClassification:
 
 
 def batch(lengths: list[int]) -> tuple[dict, dict, torch.Tensor]:
-    """The same sentences padded and packed, and the mask of tokens in the padded batch."""
-    draw = torch.Generator().manual_seed(sum(lengths))
-    shape = (len(lengths), max(lengths))
-    mask = torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]
-    ids = torch.randint(1, 57, shape, generator=draw).masked_fill(~mask, 0)
-    segments = torch.randint(0, 2, shape, generator=draw)
-    labels = torch.randint(0, 5, shape, generator=draw)
-    labels[torch.rand(shape, generator=draw) < 0.3] = -100
-    labels[0, 0] = 0
-    padded = {
-        "input_ids": ids,
-        "attention_mask": mask.long(),
-        "token_type_ids": segments,
-        "labels": labels.masked_fill(~mask, -100),
-    }
-    packed = {
-        "input_ids": ids[mask],
-        "token_type_ids": segments[mask],
-        "labels": labels[mask],
-        "layout": Packed.from_lengths(lengths),
-    }
-    return padded, packed, mask
+    return padded_and_packed(lengths, small_config())
 
 
 def run(model: BertForTokenClassification, inputs: dict):

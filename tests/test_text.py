@@ -66,12 +66,12 @@ def test_the_tagger_finds_entities(tagger: Tagger) -> None:
 
 @settings(max_examples=300)
 @given(STRANGE)
-def test_entities_stand_where_they_say(tagger: Tagger, text: str) -> None:
+def test_entity_offsets_are_correct(tagger: Tagger, text: str) -> None:
     check(tagger, text)
 
 
 @pytest.mark.parametrize("text", CASES, ids=lambda text: ascii(text)[:20])
-def test_entities_stand_where_they_say_in(tagger: Tagger, text: str) -> None:
+def test_entity_offsets_are_correct_in(tagger: Tagger, text: str) -> None:
     check(tagger, text)
 
 
@@ -89,13 +89,13 @@ def check(tagger: Tagger, text: str) -> None:
 @settings(max_examples=100)
 @given(st.lists(STRANGE.map(lambda text: text.replace("\n", " ")), max_size=5))
 @example(["a\rb", "\u2028", "", "c\r"])
-def test_one_line_in_is_one_line_out(folder: Path, lines: list[str]) -> None:
+def test_each_input_line_gives_one_output_line(folder: Path, lines: list[str]) -> None:
     """Lines of UTF-8 end at line feeds only."""
     raw = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
     assert fuzz.tag(folder, raw)
 
 
-def test_crlf_is_an_end_and_nothing_else_is(folder: Path, capsys, monkeypatch) -> None:
+def test_only_lf_and_crlf_end_a_line(folder: Path, capsys, monkeypatch) -> None:
     raw = "who\r\njaws\x0b\x0cx\u2028y\x85z\rw\r\r\n\r\n".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
     assert cli.main(["tag", str(folder), "--json"]) == 0
@@ -104,7 +104,7 @@ def test_crlf_is_an_end_and_nothing_else_is(folder: Path, capsys, monkeypatch) -
     assert texts == ["who", "jaws\x0b\x0cx\u2028y\x85z\rw\r", ""]
 
 
-def test_output_is_utf8_wherever_it_goes(folder: Path) -> None:
+def test_output_is_always_utf8(folder: Path) -> None:
     """Whatever the encoding of the terminal or pipe."""
     text = "who directed 電影 é 👍"
     ran = subprocess.run(
