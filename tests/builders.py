@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import string
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,6 +124,18 @@ def minilm_checkpoint(
     model.save_pretrained(folder)
     Tokenizer.from_pretrained(minilm).save_pretrained(folder)
     return folder
+
+
+def python(*arguments: object, **variables: str) -> str:
+    """The output of a Python process, which must succeed, with variables in its environment."""
+    ran = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def twin(model: BertForTokenClassification | BertForMaskedLM, attn: str = "sdpa") -> nn.Module:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 
+from minibert import cli
 from minibert.files import MinibertError, home
 from minibert.pretrained import hub
 
@@ -42,6 +44,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Runs a minibert command in this process; returns its status, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Callable) -> Callable[..., str]:
+    """Runs a minibert command that must fail with status 2; returns its only line, an error."""
+
+    def run(*arguments: object) -> str:
+        status, out, error = command(*arguments)
+        assert (status, out) == (2, "")
+        assert re.fullmatch(r"minibert: [^\n]+\n", error)
+        return error
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,32 +1,38 @@
-"""Start-up: the tag command imports nothing that it does not use."""
+"""Start-up: a command imports nothing that it does not use."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
-from builders import small_checkpoint
+from builders import python, small_checkpoint
 
 from minibert.speed.cuda import ladder
 
-TAG = """
-import sys
-from minibert.cli import main
-main(["tag", sys.argv[1], "who directed jaws"])
-print(*sorted({"torch._dynamo", "sympy", "transformers", "matplotlib"} & sys.modules.keys()))
-"""
+TAG = "import sys; from minibert.cli import main; main(['tag', sys.argv[1], 'who directed jaws'])"
 
 
-def test_tagging_imports_no_compiler(tmp_path: Path) -> None:
-    """torch's compiler takes as long to import as the rest of torch."""
+@pytest.mark.parametrize(
+    ("program", "unused"),
+    [
+        ("from minibert import cli; cli._parser()", {"torch"}),
+        (
+            "from minibert import Tagger",
+            {"transformers", "matplotlib", "tokenizers", "safetensors"},
+        ),
+        # torch's compiler takes as long to import as the rest of torch.
+        (TAG, {"torch._dynamo", "sympy", "transformers", "matplotlib"}),
+    ],
+    ids=["help", "import", "tag"],
+)
+def test_only_what_is_used_is_imported(program: str, unused: set[str], tmp_path: Path) -> None:
     small_checkpoint(tmp_path)
-    command = [sys.executable, "-c", TAG, tmp_path]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    tagged, imported = ran.stdout.splitlines()
-    assert "directed" in tagged
-    assert imported == ""
+    *tagged, imported = python(
+        "-c", f"{program}; import sys; print({unused} & sys.modules.keys())", tmp_path
+    ).splitlines()
+    assert imported == "set()"
+    assert program != TAG or "directed" in tagged[0]
 
 
 def test_the_rung_is_a_constant_to_the_compiler() -> None:

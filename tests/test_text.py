@@ -12,10 +12,11 @@ from pathlib import Path
 import fuzz
 import mutate
 import pytest
+from builders import python
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minibert import Tagger, cli
+from minibert import Tagger
 
 STRANGE = st.one_of(
     st.text(),
@@ -95,13 +96,13 @@ def test_each_input_line_gives_one_output_line(folder: Path, lines: list[str]) -
     assert fuzz.tag(folder, raw)
 
 
-def test_only_lf_and_crlf_end_a_line(folder: Path, capsys, monkeypatch) -> None:
-    raw = "who\r\njaws\x0b\x0cx\u2028y\x85z\rw\r\r\n\r\n".encode()
+def test_only_lf_and_crlf_end_a_line(folder: Path, command, monkeypatch) -> None:
+    raw = "who\r\n\njaws\x0b\x0cx\u2028y\x85z\rw\r\r\n\r\nlast line".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
-    assert cli.main(["tag", str(folder), "--json"]) == 0
-    out = capsys.readouterr().out
+    status, out, _ = command("tag", folder, "--json")
+    assert status == 0
     texts = [json.loads(line)["text"] for line in out.split("\n")[:-1]]
-    assert texts == ["who", "jaws\x0b\x0cx\u2028y\x85z\rw\r", ""]
+    assert texts == ["who", "", "jaws\x0b\x0cx\u2028y\x85z\rw\r", "", "last line"]
 
 
 def test_output_is_always_utf8(folder: Path) -> None:
@@ -135,15 +136,8 @@ print(len(found), fuzz.peak_mib() - before)
 def test_a_text_of_very_many_words(folder: Path, words: int) -> None:
     """Measured with this model: 0.7 kB and 40 µs per word."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ran = subprocess.run(
-        [sys.executable, "-c", LONG, folder, str(words)],
-        env=fuzz.os.environ | fuzz.ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    found, peak_mib = map(int, python("-c", LONG, folder, words, **fuzz.ENVIRONMENT).split())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found, peak_mib = map(int, ran.stdout.split())
     assert found > words / 10
     assert peak_mib < 100 + words * 1.5e-3
     assert after.ru_utime - before.ru_utime < 20 + words * 2e-4
