@@ -45,7 +45,7 @@ ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
 }
 
-WORDS = (
+WORDS = [
     "who",
     "directed",
     "jaws",
@@ -59,7 +59,7 @@ WORDS = (
     "'",
     "é",
     "電",
-)
+]
 LINES = "O\twho\nO\tdirected\nB-X\tjaws\n\nB-X\tmel\nI-X\tgibson\nO\t?\n\nO\tthe\nB-Y\tmovie\n"
 
 

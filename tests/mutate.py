@@ -95,7 +95,7 @@ def json_(draw: Random, value: Any) -> str:
                 del holder[key]
             case 1:
                 _, other, other_key = draw.choice(places)
-                holder[key] = json.loads(json.dumps(_plain(other[other_key])))
+                holder[key] = json.loads(json.dumps(other[other_key]))  # Raw: a string
             case 2 if isinstance(holder, dict) and holder is not root:
                 name = draw.choice((*holder, "", "../x", "\x00", "0", "x" * 300))
                 holder[name] = holder.pop(key)
@@ -114,15 +114,6 @@ def _places(holder: dict | list, depth: int = 0):
         yield depth, holder, key
         if isinstance(value, dict | list):
             yield from _places(value, depth + 1)
-
-
-def _plain(value: Any) -> Any:
-    """A value with every ``Raw`` as a plain string."""
-    if isinstance(value, Raw):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def safetensors_(draw: Random, data: bytes) -> bytes:

@@ -249,14 +249,6 @@ def test_obstacles(
     assert "pip install 'minibert[cuda]'" in obstacle(device)
 
 
-def test_an_obstacle_to_the_own_kernels_is_said(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = gpu(T4)
-    monkeypatch.setitem(sys.modules, "cuda.core", None)
-    rung = cuda.choose(device, F16, 64)
-    assert rung.name == "torch efficient"
-    assert "pip install 'minibert[cuda]'" in rung.reason
-
-
 def test_widths_that_add_norm_does_not_support_are_an_obstacle(gpu: Gpu) -> None:
     for width in (96, 832):
         assert f"up to 768, not {width}" in cuda.obstacle_to_norm(gpu(T4), width)

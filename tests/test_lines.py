@@ -12,8 +12,8 @@ from pathlib import Path
 
 import fuzz
 import pytest
+from builders import python
 
-from minibert import cli
 from minibert.tagging.stream import POOL, POOL_CHARACTERS, pools
 from minibert.text.demo import generate
 
@@ -83,6 +83,18 @@ def test_a_line_that_another_process_cannot_read(folder: Path, tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["in.txt"]
 
 
+def begun(processes: int, folder: Path, tmp_path: Path) -> subprocess.Popen:
+    """A run of many pools whose writer has begun ``out/out.txt``."""
+    given = queries(tmp_path / "in.txt", 200 * POOL)
+    running = tag(processes, folder, "--file", given, "--output", tmp_path / "out" / "out.txt")
+    until = time.monotonic() + 200
+    while not list(tmp_path.glob("out/.out.txt.*")):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return running
+
+
 def worker(parent: int, rank: int) -> int | None:
     """The process id of a rank below ``parent``, once it is there."""
     for process in Path("/proc").glob("[0-9]*"):
@@ -98,18 +110,10 @@ def worker(parent: int, rank: int) -> int | None:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the process in /proc")
 @pytest.mark.parametrize(
-    "rank",
-    [1, pytest.param(0, marks=[pytest.mark.slow])],
-    ids=["a worker", "the writer"],
+    "rank", [1, pytest.param(0, marks=[pytest.mark.slow])], ids=["a worker", "the writer"]
 )
 def test_a_process_that_is_killed_ends_the_run(folder: Path, tmp_path: Path, rank: int) -> None:
-    given = queries(tmp_path / "in.txt", 200 * POOL)
-    running = tag(2, folder, "--file", given, "--output", tmp_path / "out" / "out.txt")
-    until = time.monotonic() + 200
-    while not list(tmp_path.glob("out/.out.txt.*")):  # the writer has begun
-        assert running.poll() is None, running.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    running = begun(2, folder, tmp_path)
     found = worker(running.pid, rank)
     assert found is not None
     os.kill(found, signal.SIGKILL)
@@ -124,18 +128,14 @@ def test_a_process_that_is_killed_ends_the_run(folder: Path, tmp_path: Path, ran
 
 
 def test_a_run_that_is_told_to_end_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    given = queries(tmp_path / "in.txt", 200 * POOL)
-    running = tag(1, folder, "--file", given, "--output", tmp_path / "out" / "out.txt")
-    while not list(tmp_path.glob("out/.out.txt.*")):
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.1)
+    running = begun(1, folder, tmp_path)
     running.terminate()
     running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGTERM
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_arguments_that_do_not_go_together(folder: Path, tmp_path, capsys, monkeypatch) -> None:
+def test_arguments_that_do_not_go_together(folder: Path, tmp_path, refused, monkeypatch) -> None:
     given = queries(tmp_path / "in.txt", 2)
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
     out = tmp_path / "out.txt"
@@ -147,15 +147,11 @@ def test_arguments_that_do_not_go_together(folder: Path, tmp_path, capsys, monke
         (["--file", tmp_path / "bad.txt", "--output", out], "bad.txt:2: byte 0xff is not UTF-8"),
         (["--file", given, "--output", given / "out"], "cannot be written (File exists)"),
     ):
-        assert cli.main(["tag", str(folder), *map(str, arguments)]) == 2
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.count("\n") == 1
+        assert message in refused("tag", folder, *arguments)
     assert out.read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.txt", "in.txt", "out.txt"]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["tag", str(folder)]) == 2
-    assert "2 processes cannot share a text: give them a --file" in capsys.readouterr().err
+    assert "2 processes cannot share a text: give them a --file" in refused("tag", folder)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -173,31 +169,18 @@ def test_a_full_disk_under_standard_output(folder: Path) -> None:
     )
 
 
-PEAK = """
-import sys
-import fuzz
-from minibert import cli
-status = cli.main(sys.argv[1:])
-print(fuzz.peak_mib(), file=sys.stderr)
-sys.exit(status)
-"""
+TAG = "import sys, fuzz; from minibert import cli; cli.main(sys.argv[1:]); print(fuzz.peak_mib())"
 
 
 def peak_mib(folder: Path, given: Path) -> int:
     """Of tagging a file; every line of the output holds the one of the input."""
     output = given.with_suffix(".jsonl")
     options = ("--json", "--device", "cpu", "--file", given, "--output", output)
-    ran = subprocess.run(
-        [sys.executable, "-c", PEAK, "tag", folder, *options],
-        env=os.environ | fuzz.ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    peak = int(python("-c", TAG, "tag", folder, *options, **fuzz.ENVIRONMENT))
     with given.open() as lines, output.open() as found:
         for line, tagged in zip(lines, found, strict=True):
             assert tagged.startswith(json.dumps({"text": line.rstrip("\n")})[:-1])
-    return int(ran.stderr)
+    return peak
 
 
 @pytest.mark.slow
