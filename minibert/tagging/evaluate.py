@@ -20,6 +20,7 @@ class Report:
     token: TokenScores
     entity: EntityScores
     entity_strict: EntityScores
+    unknown: str = ""  # see ``unknown_tags``
 
     def to_dict(self) -> dict:
         """For JSON; all scores in [0, 1]."""
@@ -59,6 +60,8 @@ class Report:
         ]
         for name, s in [*self.entity.by_type.items(), ("all, micro", self.entity.micro)]:
             lines.append(f"{name:16} {_percents(s)} {s.support:8}")
+        if self.unknown:
+            lines += ["", self.unknown]
         return "\n".join([*lines, "", *self._confusion_lines()])
 
     def _confusion_lines(self) -> list[str]:
@@ -86,6 +89,23 @@ def _percents(score: Score) -> str:
     return f"{score.precision:9.2%} {score.recall:9.2%} {score.f1:9.2%}"
 
 
+def unknown_tags(sentences: Sequence[Sentence], labels: Sequence[str], source: Path | str) -> str:
+    """For people: the tags that a model with these labels cannot find; "" if there are none.
+
+    Raises:
+        MinibertError: it knows none of the entities' tags.
+    """
+    tags = Counter(tag for sentence in sentences for tag in sentence.tags if tag != "O")
+    unknown = sorted(tags.keys() - set(labels))
+    if unknown and len(unknown) == len(tags):
+        label_ids(sentences, labels, source)
+    if not unknown:
+        return ""
+    words = sum(tags[tag] for tag in unknown)
+    names = ", ".join(unknown[:8]) + (" ..." if len(unknown) > 8 else "")
+    return f"{source}: no label for {names}: {words} words count as missed"
+
+
 def evaluate(tagger: WordTagger, sentences: Sequence[Sentence], source: Path | str) -> Report:
     """Tag the sentences and compare.
 
@@ -95,9 +115,9 @@ def evaluate(tagger: WordTagger, sentences: Sequence[Sentence], source: Path | s
         source: the file they are from, for messages.
 
     Raises:
-        MinibertError: a tag that the model does not know, with file and line.
+        MinibertError: the model knows none of the entities' tags; with file and line.
     """
-    label_ids(sentences, tagger.labels, source)
+    unknown = unknown_tags(sentences, tagger.labels, source)
     true = [list(sentence.tags) for sentence in sentences]
     labels = tagger.label(sentence.words for sentence in sentences)
     predicted = [[label.name for label in sentence] for sentence in labels]
@@ -106,4 +126,5 @@ def evaluate(tagger: WordTagger, sentences: Sequence[Sentence], source: Path | s
         token_scores(true, predicted),
         entity_scores(true, predicted),
         entity_scores(true, predicted, strict=True),
+        unknown,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from minibert.files import MinibertError
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
+from minibert.tagging.evaluate import unknown_tags
 from minibert.text import demo
 from minibert.text.batches import Example, examples_of
-from minibert.text.bio import Sentence, label_ids, read_bio
+from minibert.text.bio import Sentence, label_ids, labels_of, read_bio
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ def corpus(options: argparse.Namespace) -> tuple[Part, dict[str, Part]]:
         options: train, test, dev, corpus, orphans and seed of the command line.
 
     Raises:
-        MinibertError: a file is missing or wrong, or ``--dev`` is neither a file nor a share.
+        MinibertError: a file is missing or wrong, no entity type of a set occurs in the training
+            sentences, or ``--dev`` is neither a file nor a share.
+
+    Tags that occur in a set, but not in the training sentences, are printed.
     """
     if options.train is not None:
         training = _read(options.train, options.orphans)
@@ -56,12 +61,15 @@ def corpus(options: argparse.Namespace) -> tuple[Part, dict[str, Part]]:
     else:
         folder = hub.locate_corpus(options.corpus)
         training, parts = _read(folder / "engtrain.bio"), {"test": _read(folder / "engtest.bio")}
-    if options.dev is None:
-        return training, parts
-    if Path(options.dev).is_file():
-        return training, {"dev": _read(Path(options.dev), options.orphans)} | parts
-    training, held_out = _held_out(training, options.dev, options.seed)
-    return training, {"dev": held_out} | parts
+    if options.dev is not None and os.path.isfile(options.dev):
+        parts = {"dev": _read(Path(options.dev), options.orphans)} | parts
+    elif options.dev is not None:
+        training, held_out = _held_out(training, options.dev, options.seed)
+        parts = {"dev": held_out} | parts
+    for part in parts.values():
+        if unknown := unknown_tags(part.sentences, labels_of(training.sentences), part.source):
+            print(unknown)
+    return training, parts
 
 
 def _read(path: Path, orphans: str = "refuse") -> Part:
@@ -74,7 +82,7 @@ def _held_out(part: Part, dev: str, seed: int) -> tuple[Part, Part]:
         share = float(dev)
     except ValueError:
         share = 0.0
-    count = round(share * len(part.sentences))
+    count = round(share * len(part.sentences)) if 0 < share < 1 else 0
     if not 0 < count < len(part.sentences):
         raise MinibertError(
             f"--dev {dev}: neither a file nor a share of the training sentences: "
