@@ -11,6 +11,9 @@ weights after every step. Without torchrun there is one process and nothing here
 from __future__ import annotations
 
 import os
+import re
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ from minibert.machine import choose_device
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # the other processes wait that long while the writer evaluates
+MEETING = timedelta(minutes=5)  # at the start: how long a process waits for the others
+NOTICE = timedelta(seconds=10)  # and after how long it says so
 
 
 class Launched(NamedTuple):
@@ -38,9 +43,35 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched:
-    """Read the environment that torchrun sets."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    return Launched(*(int(os.environ.get(n, d)) for n, d in zip(names, Launched())))
+    """Read the environment that torchrun sets.
+
+    Raises:
+        MinibertError: a variable is missing or out of range.
+    """
+    size = _variable("WORLD_SIZE", 1, 10**6, 1)
+    here = Launched(
+        _variable("RANK", 0, size - 1, 0 if size == 1 else None),
+        size,
+        _variable("LOCAL_RANK", 0, 10**6, 0),
+    )
+    if size > 1:
+        _variable("MASTER_PORT", 1, 65535, None)
+        if not os.environ.get("MASTER_ADDR"):
+            raise MinibertError("MASTER_ADDR is not set, but WORLD_SIZE is: start with torchrun")
+    return here
+
+
+def _variable(name: str, least: int, most: int, default: int | None) -> int:
+    """A whole number from the environment; without a default it must be set."""
+    given = os.environ.get(name)
+    if given is None and default is not None:
+        return default
+    if given is None or not re.fullmatch("[0-9]{1,9}", given) or not least <= int(given) <= most:
+        raise MinibertError(
+            f"{name}={given or ''}: must be a number from {least} to {most}: start several "
+            "processes with torchrun, or unset WORLD_SIZE and RANK for one"
+        )
+    return int(given)
 
 
 def own_device(name: str | None) -> torch.device:
@@ -168,7 +199,7 @@ def connected(device: torch.device, backend: str = "gloo") -> Iterator[Team]:
 
     Raises:
         LostProcessError: another process has ended.
-        MinibertError: with nccl, two processes share a GPU.
+        MinibertError: the others do not come, or with nccl, two processes share a GPU.
     """
     here = launched()
     if here.size == 1:
@@ -181,7 +212,7 @@ def connected(device: torch.device, backend: str = "gloo") -> Iterator[Team]:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    _meet(here, backend)
     lost = False
     try:
         yield Team(here.rank, here.size, device)
@@ -196,3 +227,31 @@ def connected(device: torch.device, backend: str = "gloo") -> Iterator[Team]:
     finally:
         if not lost:
             dist.destroy_process_group()
+
+
+def _meet(here: Launched, backend: str) -> None:
+    """Wait until every process has started, and connect them.
+
+    Raises:
+        MinibertError: they do not all come, or their address cannot be used.
+    """
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    others = f"RANK 1 to {here.size - 1}" if here.rank == 0 else "RANK 0"
+    waiting = f"RANK {here.rank} of {here.size}: waiting for {others} at {address}"
+    notice = threading.Timer(
+        NOTICE.total_seconds(),
+        lambda: print(f"{waiting}, for {MEETING} at most", file=sys.stderr, flush=True),
+    )
+    notice.daemon = True
+    notice.start()
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        store.set_timeout(TIMEOUT)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise MinibertError(
+            f"{waiting}: {str(error).splitlines()[0]}: start every process, with the same "
+            "MASTER_ADDR and a free MASTER_PORT"
+        ) from None
+    finally:
+        notice.cancel()
