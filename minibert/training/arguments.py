@@ -11,6 +11,8 @@ from typing import get_type_hints
 from minibert.machine import DTYPES
 from minibert.training.recipe import RECIPES, Recipe
 
+LARGEST_SEED = 10**12  # torch takes 64 bits, and epochs take the seed times 1,000,003
+
 
 def parse(
     argv: Sequence[str] | None = None, program: str = "train.py"
@@ -132,6 +134,8 @@ def parse(
     options = parser.parse_args(argv)
     if options.checkpoint_every < 1 or options.keep < 1:
         parser.error("--checkpoint-every and --keep must be above 0")
+    if abs(options.seed) > LARGEST_SEED:
+        parser.error(f"--seed must be between -{LARGEST_SEED} and {LARGEST_SEED}")
     given = {name: vars(options)[name] for name in fields if vars(options)[name] is not None}
     try:
         return options, replace(RECIPES[options.recipe], **given)

@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from minibert.files import MinibertError
 from minibert.training.adamw import SEMANTICS
+
+LARGEST = 10**9  # of a whole number in a recipe
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Recipe:
         for name in positive:
             if not vars(self)[name] > 0:
                 raise ValueError(f"{name} must be above 0, got {vars(self)[name]}")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value > LARGEST:
+                raise ValueError(f"{name} must be at most {LARGEST}, got {value}")
+            if value == math.inf and name not in ("clip", "average"):
+                raise ValueError(f"{name} must be finite, got {value}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of all steps, in [0, 1), got {self.warmup}")
         for name in ("weight_decay", "average"):
@@ -61,10 +69,21 @@ class Recipe:
             raise ValueError(f"decode must be best or each, got {self.decode!r}")
         if self.layout not in ("packed", "longest") and not self.layout.isdecimal():
             raise ValueError(f"layout must be packed, longest or a length, got {self.layout!r}")
+        if self.layout.isdecimal() and not 3 <= int(self.layout) <= LARGEST:
+            raise ValueError(f"layout must be at least 3 word-pieces, got {self.layout}")
 
     def max_length(self, positions: int) -> int:
-        """Word-pieces of a sentence before it is split, with a model of ``positions``."""
-        return min(positions, int(self.layout)) if self.layout.isdecimal() else positions
+        """Word-pieces of a sentence before it is split, with a model of ``positions``.
+
+        Raises:
+            MinibertError: the layout is longer than the model.
+        """
+        length = int(self.layout) if self.layout.isdecimal() else positions
+        if length > positions:
+            raise MinibertError(
+                f"--layout {length}: the model has {positions} positions: give at most that many"
+            )
+        return length
 
 
 RECIPES = {
