@@ -14,15 +14,14 @@ with the highest entity F1 on the dev set, if there is one), ``metrics.jsonl``, 
 ``loss.png`` and ``checkpoints/``. With ``--resume`` an interrupted run ends in the same bits as an
 uninterrupted one (``docs/reliability.md``). Nothing is chosen by the test set.
 
-Exit status: 0, done; 2, an error in the input or the numbers; 130 and 143, stopped by SIGINT or
-SIGTERM after a whole step and a checkpoint.
+Exit status: 0, done; 2, an error in the input or the numbers; 129, 130 and 143, stopped by SIGHUP,
+SIGINT or SIGTERM after a whole step and a checkpoint; 141, the reader of the output has gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -34,7 +33,7 @@ from minibert.machine import choose_dtype, name_of
 from minibert.model.heads import BertForTokenClassification
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
-from minibert.processes import LostProcessError, Team, connected, own_device
+from minibert.processes import Team, connected, own_device
 from minibert.speed import memory
 from minibert.tagging.tagger import Tagger
 from minibert.text.batches import chunks, epoch_batches
@@ -43,15 +42,16 @@ from minibert.training.adamw import bert_groups, choose_adamw
 from minibert.training.arguments import parse
 from minibert.training.averaging import WeightAverage
 from minibert.training.corpus import corpus
+from minibert.training.output import Output, owned
 from minibert.training.recipe import Recipe
 from minibert.training.results import evaluate_and_save, progress, report
 from minibert.training.resume import Checkpoints, Training, identity
 from minibert.training.schedule import LossScaler, linear_schedule
 from minibert.training.step import Step
-from minibert.training.stop import Stop
+from minibert.training.stop import Stop, prepare_streams, status_of
 
 
-def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
+def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Output) -> int:
     """Fine-tune, evaluate after every epoch, keep the best and the last model.
 
     Returns:
@@ -98,11 +98,11 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
     step = Step(run, recipe, dtype.value, team, tokenizer.pad_id, examples[0], options.graphs)
     parts = {"training": train_set} | evaluated
     arguments = identity(run, recipe, options, name_of(dtype.value), directory, parts)
-    checkpoints = Checkpoints(options.output / "checkpoints", options.keep, arguments, team)
+    checkpoints = Checkpoints(output, options.keep, arguments, team)
     if options.resume:
-        print(checkpoints.resume(run))
+        print(checkpoints.resume(run, total_steps))
     else:
-        checkpoints.begin(total_steps)
+        checkpoints.begin()
     stop = Stop(team)
 
     for epoch in range(max(0, run.step - 1) // steps_per_epoch + 1, recipe.epochs + 1):
@@ -135,14 +135,15 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team) -> int:
                 bar.close()
                 print(
                     f"stopped after step {run.step} of {total_steps}, saved to "
-                    f"{checkpoints.last()}: the same command with --resume continues"
+                    f"{checkpoints.last()}: the same command with --resume continues",
+                    flush=True,
                 )
                 return stop.status
         if team.is_writer:
-            reports = evaluate_and_save(epoch, run, tagger, evaluated, options.output)
+            reports = evaluate_and_save(epoch, run, tagger, evaluated, output)
 
     if team.is_writer:
-        report(run, reports, options.output)
+        report(run, reports, output)
     return 0
 
 
@@ -154,19 +155,15 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         program: its name in usage and errors.
     """
     options, recipe = parse(argv, program)
+    prepare_streams()
     try:
         device = own_device(options.device)
-        with connected(device, "nccl" if device.type == "cuda" else "gloo") as team:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with connected(device, backend) as team, owned(options.output, team) as output:
             with redirect_stdout(sys.stdout if team.is_writer else None):
-                return train(options, recipe, team)
-    except MinibertError as problem:
-        print(f"{program}: {problem}", file=sys.stderr, flush=True)
-        if isinstance(problem, LostProcessError):
-            sys.stdout.flush()
-            os._exit(2)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+                return train(options, recipe, team, output)
+    except (MinibertError, OSError, KeyboardInterrupt) as problem:
+        return status_of(problem, program)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from training_runs import KILL_POINTS, Run, assert_same_tree, demo_files, tree
 from minibert.files import TEMPORARY
 from minibert.processes import Team
 from minibert.text import demo
+from minibert.training.output import LOCK
 from minibert.training.resume import list_of, read, write
 from minibert.training.stop import Stop
 
@@ -182,6 +183,7 @@ def stopped(files: Path, output: Path) -> Path:
     run.wait_until(lambda: len(list_of(output / "checkpoints")) >= 2)
     run.process.kill()
     assert run.wait() == -signal.SIGKILL
+    (output / LOCK).unlink()  # of no consequence: the system has released the lock
     return output
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TextIO
 
 from minibert.files import replacing
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
+ASCII = str.maketrans("▁▂▃▄▅▆▇█┤│└─", "...::###||+-")
 
 
 def text_curve(losses: Sequence[float], width: int = 60, height: int = 8) -> str:
@@ -28,6 +30,16 @@ def text_curve(losses: Sequence[float], width: int = 60, height: int = 8) -> str
     lines.append("       0 └" + "─" * width)
     lines.append(f"{'step':>9} 1{len(losses):>{width - 1}}")
     return "\n".join(lines)
+
+
+def curve_for(stream: TextIO | None, losses: Sequence[float]) -> str:
+    """The curve in the characters that the stream's encoding has, or else in ASCII."""
+    curve = text_curve(losses)
+    try:
+        curve.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return curve.translate(ASCII)
+    return curve
 
 
 def write_png(losses: Sequence[float], f1s: Sequence[tuple[int, float]], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import sys
 
 from tqdm import tqdm
 
@@ -12,18 +12,19 @@ from minibert.processes import Team
 from minibert.tagging.evaluate import Report, evaluate
 from minibert.tagging.tagger import Tagger
 from minibert.training.corpus import Part
-from minibert.training.loss_curve import text_curve, write_png
+from minibert.training.loss_curve import curve_for, write_png
+from minibert.training.output import Output
 from minibert.training.resume import Training
 
 
 def progress(steps: list, done: int, title: str, team: Team) -> tqdm:
     """The steps of an epoch that are left to do, with a progress bar in the writer."""
-    hidden = not team.is_writer
+    hidden = not team.is_writer or sys.stderr is None
     return tqdm(steps[done:], title, len(steps), initial=done, unit="step", disable=hidden)
 
 
 def evaluate_and_save(
-    epoch: int, run: Training, tagger: Tagger, evaluated: dict[str, Part], output: Path
+    epoch: int, run: Training, tagger: Tagger, evaluated: dict[str, Part], output: Output
 ) -> dict[str, Report]:
     """After an epoch: score the averaged weights, save them as ``last`` and, if best, as ``best``.
 
@@ -32,12 +33,14 @@ def evaluate_and_save(
         run: gets the scores in its log, and the best F1.
         tagger: of the model that is trained.
         evaluated: the sets to score by name; "dev" chooses the best epoch.
-        output: directory of ``best``, ``last`` and ``metrics.jsonl``.
+        output: gets ``best``, ``last`` and ``metrics.jsonl``.
 
     Returns:
         The reports by the names of the sets.
     """
     reports = {}
+    if epoch == 1:  # an earlier run's, which this one may not replace
+        output.discard("best", "report.json", "loss.png")
     tagger.model.eval()
     with run.average.swapped_in():
         for name, part in evaluated.items():
@@ -50,30 +53,33 @@ def evaluate_and_save(
             run.log.append({"step": run.step, "epoch": epoch, "set": name} | scores)
             if name == "dev" and scores["entity_f1"] > run.best_f1:
                 run.best_f1 = scores["entity_f1"]
-                save(tagger, output / "best")
-        save(tagger, output / "last")
-    write_text(output / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in run.log))
+                save(tagger, output, "best")
+        save(tagger, output, "last")
+    write_text(output.at("metrics.jsonl"), "".join(json.dumps(e) + "\n" for e in run.log))
     return reports
 
 
-def save(tagger: Tagger, directory: Path) -> None:
-    """Write a directory that ``Tagger.from_pretrained`` and transformers open."""
-    tagger.tokenizer.save_pretrained(directory)
-    tagger.model.save_pretrained(directory)
+def save(tagger: Tagger, output: Output, name: str) -> None:
+    """Replace a directory that ``Tagger.from_pretrained`` and transformers open, as a whole."""
+    with output.replacing(name) as directory:
+        tagger.tokenizer.save_pretrained(directory)
+        tagger.model.save_pretrained(directory)
 
 
-def report(run: Training, reports: dict[str, Report], output: Path) -> None:
+def report(run: Training, reports: dict[str, Report], output: Output) -> None:
     """At the end: print and write the loss curve, and the last epoch's scores on the last set."""
     losses = [entry["loss"] for entry in run.log if entry.get("loss") is not None]
-    print(f"\ntraining loss\n{text_curve(losses)}")
+    print(f"\ntraining loss\n{curve_for(sys.stdout, losses)}")
     f1s: list[tuple[int, float]] = []
     if reports:
         name, scores = list(reports.items())[-1]
         print(f"\n{name} set, last epoch: {scores.table()}")
-        write_text(output / "report.json", json.dumps(scores.to_dict(), indent=2) + "\n")
+        write_text(output.at("report.json"), json.dumps(scores.to_dict(), indent=2) + "\n")
         f1s = [(e["step"], 100 * e["entity_f1"]) for e in run.log if e.get("set") == name]
     try:
-        write_png(losses, f1s, output / "loss.png")
+        write_png(losses, f1s, output.at("loss.png"))
     except ImportError:
         print("no loss.png: it needs minibert[plot]")
-    print(f"\nsaved to {output}")
+    except ValueError as error:  # matplotlib's settings, such as MPLBACKEND
+        print(f"no loss.png: {error}")
+    print(f"\nsaved to {output.path}", flush=True)

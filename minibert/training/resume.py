@@ -20,25 +20,33 @@ import math
 import os
 import re
 import shutil
+import stat
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minibert.files import TEMPORARY, MinibertError, sha256_of, sweep, sync
+from minibert.files import TEMPORARY, MinibertError, sha256_of, sync
 from minibert.model.heads import BertForTokenClassification
 from minibert.pretrained import weights
 from minibert.processes import Team
 from minibert.training.adamw import AdamW
 from minibert.training.averaging import WeightAverage
 from minibert.training.corpus import Part
+from minibert.training.output import MODEL_FILES, Output
 from minibert.training.recipe import Recipe
 from minibert.training.schedule import LossScaler
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT = 1
 REQUIRED = {"arguments", "machine", "step", "optimizer_steps", "scaler", "best_f1", "log"}
+STATE_BYTES = 1 << 30  # most in a state.json; the log has about 100 bytes per step
+SETTINGS = "the model's tokenizer_config.json"
+
+
+class DamagedError(MinibertError):
+    """A checkpoint lacks a file or differs from its manifest."""
 
 
 @dataclass(eq=False)
@@ -93,7 +101,7 @@ class Training:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """Restore what ``tensors`` and ``state`` returned."""
+        """Restore what ``tensors`` and ``state`` returned, checked by ``check``."""
         for name, mine in self.tensors().items():
             mine.copy_(tensors[name])
         self.optimizer.steps = state["optimizer_steps"]
@@ -137,7 +145,8 @@ def identity(
     }
     if options.graphs:
         values["CUDA graphs"] = "on"
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt"):
+    values[SETTINGS] = "absent"
+    for name in MODEL_FILES:
         if (directory / name).is_file():
             values[f"the model's {name}"] = sha256_of(directory / name)
     for name, part in parts.items():
@@ -150,15 +159,16 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: the directory that holds them.
+        output: of the run; they are in its directory ``checkpoints``.
         keep: how many to keep, the newest ones.
         arguments: the run's ``identity``.
         team: the processes of the run. With another number of processes or threads, another device
             or another torch a run resumes too, equal to rounding only, and says so.
     """
 
-    def __init__(self, folder: Path, keep: int, arguments: dict[str, str], team: Team):
-        self.folder = folder
+    def __init__(self, output: Output, keep: int, arguments: dict[str, str], team: Team):
+        self.output = output
+        self.folder = output.path / "checkpoints"
         self.keep = keep
         self.arguments = arguments
         self.machine = {
@@ -174,17 +184,16 @@ class Checkpoints:
         found = list_of(self.folder)
         return str(found[-1]) if found else "none yet"
 
-    def begin(self, total_steps: int) -> None:
-        """Make an empty folder for a new run.
-
-        Args:
-            total_steps: of the whole run; checkpoints of a run that got that far are removed.
+    def begin(self) -> None:
+        """Make an empty folder for a new run; the checkpoints of a finished run are deleted.
 
         Raises:
             MinibertError: the folder holds an unfinished run, or cannot be made.
         """
+        if not self.team.is_writer:
+            return
         found = list_of(self.folder)
-        if found and step_of(found[-1]) < total_steps:
+        if found and not is_finished(found[-1], self.output.path / "metrics.jsonl"):
             raise MinibertError(
                 f"{found[-1]}: belongs to an unfinished run: continue it with --resume, "
                 f"or delete {self.folder} to start over"
@@ -195,8 +204,8 @@ class Checkpoints:
         if not self.team.is_writer:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            sweep(self.folder.parent)
+            self.folder.mkdir(exist_ok=True)
+            self.output.sweep()
             for path in old:
                 remove(path)
         except OSError as error:
@@ -206,9 +215,14 @@ class Checkpoints:
         """Write a checkpoint and remove the oldest beyond ``keep``. Every process calls this.
 
         Raises:
-            MinibertError: the disk is full, or the folder is not writable or has vanished. Earlier
-                checkpoints are untouched.
+            MinibertError: a value is not finite, the disk is full, or the folder is not writable
+                or has vanished. Earlier checkpoints are untouched.
         """
+        if wrong := not_finite(training.tensors()):
+            raise MinibertError(
+                f"step {training.step}: {wrong} is not finite: lower --lr or train in --dtype "
+                f"fp32; last good checkpoint: {self.last()}"
+            )
         generators = {
             f"generator.{name}": self.team.gather(x)
             for name, x in generator_states(self.team.device).items()
@@ -217,20 +231,22 @@ class Checkpoints:
             return
         tensors = training.tensors() | generators
         state = {"format": FORMAT, "arguments": self.arguments, "machine": self.machine}
-        write(self.folder / f"step-{training.step:06}", tensors, state | training.state())
+        path = self.output.at(f"checkpoints/step-{training.step:06}")
+        write(path, tensors, state | training.state())
         try:
             for path in list_of(self.folder)[: -self.keep]:
                 remove(path)
         except OSError as error:
             raise cannot_write(path, error) from None
 
-    def resume(self, training: Training) -> str:
+    def resume(self, training: Training, total_steps: int) -> str:
         """Load the newest complete checkpoint, if there is one; returns what happened, for people.
 
         A damaged one is renamed to ``step-NUMBER.damaged``.
 
         Raises:
-            MinibertError: the run was started with another identity.
+            MinibertError: the run was started with another identity, or a checkpoint cannot be read
+                or does not fit the run. Nothing has been renamed or changed then.
         """
         notes = []
         found = None
@@ -238,22 +254,17 @@ class Checkpoints:
             try:
                 found = read(path)
                 break
-            except MinibertError as error:
+            except DamagedError as error:
                 notes.append(f"{error}: trying the checkpoint before it")
                 if self.team.is_writer:
                     set_aside(path)
         if found is None:
             self._prepare([])
             return "\n".join([*notes, f"{self.folder}: nothing to resume, starting from step 0"])
-        state = found.state
-        if changes := differences(state["arguments"], self.arguments):
-            raise MinibertError(
-                f"{found.path}: cannot be resumed, {'; '.join(changes)}: "
-                "repeat the command that started the run, or give another --output"
-            )
-        training.load(found.tensors, state)
+        check(found, training, total_steps, self.arguments)
+        training.load(found.tensors, found.state)
         restore_generators(found.tensors, self.team, int(self.arguments["seed"]) + training.step)
-        if changes := differences(state["machine"], self.machine):
+        if changes := differences(found.state["machine"], self.machine):
             notes.append(f"{'; '.join(changes)}: the run continues, equal to rounding only")
         # A run that was killed may not have removed its old ones.
         self._prepare(list_of(self.folder)[: -self.keep])
@@ -261,9 +272,18 @@ class Checkpoints:
 
 
 def list_of(folder: Path) -> list[Path]:
-    """The checkpoints in a folder by their names, oldest first."""
-    names = folder.glob("step-*") if folder.is_dir() else ()
-    return sorted((p for p in names if re.fullmatch(r"step-\d+", p.name)), key=step_of)
+    """The checkpoints in a folder by their names, oldest first; none if it does not exist.
+
+    Raises:
+        MinibertError: the folder cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise cannot_read(folder, error) from None
+    return sorted((folder / n for n in names if re.fullmatch(r"step-[0-9]+", n)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -315,6 +335,28 @@ def cannot_write(path: Path, error: OSError, size: int = 0) -> MinibertError:
     )
 
 
+def cannot_read(path: Path, error: OSError) -> MinibertError:
+    """The error with the path and the remedy."""
+    return MinibertError(
+        f"{path}: cannot be read ({error.strerror}): make it readable, then repeat the command"
+    )
+
+
+def is_finished(path: Path, metrics: Path) -> bool:
+    """Whether the run of a checkpoint has trained, evaluated and saved its last epoch.
+
+    ``metrics.jsonl`` is written after the models of an epoch: a run is finished if the file holds
+    the steps of its newest checkpoint and they reach the last epoch of its recipe.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        entries = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        saved, evaluated = ([e for e in log if "loss" in e] for log in (state["log"], entries))
+        return saved == evaluated and str(saved[-1]["epoch"]) == state["arguments"]["epochs"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint, renaming it first: a half-deleted one has no checkpoint's name."""
     if path.exists():
@@ -337,26 +379,161 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        MinibertError: a file is missing, or differs from the manifest.
+        DamagedError: a file is missing, or differs from the manifest.
+        MinibertError: it cannot be read, or has another format.
     """
-    import safetensors.torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, found in manifest_of(path).items():
-            if manifest[name] != found:
-                raise MinibertError(f"{path / name}: damaged (not the bytes that were written)")
+        verify(path)
+        # By its content, not by its path, which safetensors requires to be UTF-8.
+        tensors = load((path / TENSORS).read_bytes())
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load_file(path / TENSORS)
         if state["format"] != FORMAT:
-            raise MinibertError(f"{path}: has format {state['format']}, expected {FORMAT}")
+            raise MinibertError(
+                f"{path}: has format {state['format']!r}, not {FORMAT}: resume with the version of "
+                "minibert that wrote it, or give another --output"
+            )
         if missing := REQUIRED - state.keys():
-            raise MinibertError(f"{path / STATE}: lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"{STATE} lacks {', '.join(sorted(missing))}")
+    except FileNotFoundError as error:
+        raise DamagedError(f"{error.filename}: damaged (missing)") from None
     except OSError as error:
-        raise MinibertError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
-        raise MinibertError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        raise cannot_read(path, error) from None
+    except (
+        *(ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError),
+        SafetensorError,
+    ) as error:
+        raise unfit(path, f"{type(error).__name__}: {error}") from None
     return Checkpoint(path, state, tensors)
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        DamagedError: it differs.
+        OSError: it cannot be read.
+    """
+    sizes = {}
+    for name, limit in ((MANIFEST, 1 << 20), (STATE, STATE_BYTES), (TENSORS, math.inf)):
+        status = (path / name).stat()
+        sizes[name] = status.st_size
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise DamagedError(f"{path / name}: damaged (not the file that was written)")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        same = all(manifest[name]["bytes"] == sizes[name] for name in (TENSORS, STATE))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise DamagedError(f"{path / MANIFEST}: damaged (no sizes and hashes in it)") from None
+    if not same or manifest != manifest_of(path):
+        raise DamagedError(f"{path}: damaged (not the bytes that were written)")
+
+
+def unfit(path: Path, what: str) -> MinibertError:
+    """The error for a checkpoint that is undamaged but wrong."""
+    return MinibertError(
+        f"{path}: cannot be resumed ({what}): delete it to continue from the one before, "
+        "or give another --output"
+    )
+
+
+def check(
+    checkpoint: Checkpoint, training: Training, total_steps: int, arguments: dict[str, str]
+) -> None:
+    """Check everything in a checkpoint before any of it is loaded.
+
+    Args:
+        checkpoint: from ``read``.
+        training: as it is when the run starts; names, shapes and dtypes must be the same.
+        total_steps: of the whole run.
+        arguments: the run's ``identity``.
+
+    Raises:
+        MinibertError: the identity differs, or a value is missing, of a wrong type or out of range.
+    """
+    state, tensors = checkpoint.state, checkpoint.tensors
+
+    def need(good: bool, what: str) -> None:
+        if not good:
+            raise unfit(checkpoint.path, what)
+
+    for name in ("arguments", "machine"):
+        strings = state[name].items() if isinstance(state[name], dict) else [(0, 0)]
+        need(all(isinstance(x, str) for pair in strings for x in pair), f"{name} in {STATE}")
+    # Older checkpoints do not record the tokenizer's settings.
+    then = {SETTINGS: arguments[SETTINGS]} | state["arguments"]
+    if changes := differences(then, arguments):
+        raise MinibertError(
+            f"{checkpoint.path}: cannot be resumed, {'; '.join(changes)}: "
+            "repeat the command that started the run, or give another --output"
+        )
+    step = state["step"]
+    need(_is_count(step) and step == step_of(checkpoint.path), f"step {step!r}")
+    need(0 < step <= total_steps, f"step {step} of {total_steps}")
+    updates, best = state["optimizer_steps"], state["best_f1"]
+    need(_is_count(updates) and updates <= step, f"optimizer_steps {updates!r}")
+    need(_is_finite(best) and -1 <= best <= 1, f"best_f1 {best!r}")
+    scaler = state["scaler"]
+    if training.scaler is None:
+        need(scaler is None, f"scaler {scaler!r} without fp16")
+    else:
+        need(
+            isinstance(scaler, list)
+            and len(scaler) == 3
+            and (_is_finite(scaler[0]) and scaler[0] > 0)
+            and all(map(_is_count, scaler[1:])),
+            f"scaler {scaler!r}",
+        )
+    need(isinstance(state["log"], list) and all(map(_is_entry, state["log"])), f"log in {STATE}")
+    logged = [entry["step"] for entry in state["log"] if "loss" in entry]
+    need(logged == list(range(1, step + 1)), f"{len(logged)} steps in the log, not {step}")
+
+    wanted = training.tensors()
+    generators = {name for name in tensors if name in ("generator.cpu", "generator.cuda")}
+    need("generator.cpu" in generators, "no generator.cpu")
+    other = (tensors.keys() - generators) ^ wanted.keys()
+    need(not other, f"other tensors: {', '.join(sorted(other)[:3])}")
+    for name, mine in wanted.items():
+        found = tensors[name]
+        need(
+            found.shape == mine.shape and found.dtype == mine.dtype,
+            f"{name} is {found.dtype} {tuple(found.shape)}, not {mine.dtype} {tuple(mine.shape)}",
+        )
+    wrong = not_finite({name: tensors[name] for name in wanted})
+    need(not wrong, f"{wrong} is not finite")
+    for name in generators:
+        states = tensors[name]
+        need(states.dtype == torch.uint8 and states.ndim == 2 and len(states) > 0, name)
+    try:
+        for row in tensors["generator.cpu"]:
+            torch.Generator().set_state(row.clone())
+    except RuntimeError as error:
+        raise unfit(checkpoint.path, f"generator.cpu: {error}") from None
+
+
+def _is_count(x: object) -> bool:
+    return type(x) is int and 0 <= x < 2**63
+
+
+def _is_finite(x: object) -> bool:
+    return isinstance(x, float) and math.isfinite(x)
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether this is a line of ``metrics.jsonl``: of a step, or of the scores of a set."""
+    if not isinstance(entry, dict) or not all(_is_count(entry.get(k)) for k in ("step", "epoch")):
+        return False
+    if "loss" in entry:
+        return (entry["loss"] is None or _is_finite(entry["loss"])) and _is_finite(entry.get("lr"))
+    scores = (entry.get("entity_f1"), entry.get("token_micro_f1_including_O"))
+    return isinstance(entry.get("set"), str) and all(map(_is_finite, scores))
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of a tensor with infinity or NaN in it; None if there is none."""
+    return next((name for name, x in tensors.items() if not x.isfinite().all()), None)
 
 
 def differences(then: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -1,31 +1,84 @@
-"""End a run after a whole step when a signal asks for it."""
+"""How a run ends early: a signal after a whole step, or an error in one line."""
 
 from __future__ import annotations
 
+import io
+import os
 import signal
+import sys
 from types import FrameType
 
-from minibert.processes import Team
+from minibert.files import MinibertError
+from minibert.processes import LostProcessError, Team
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """From its creation on, SIGINT and SIGTERM set ``signal`` instead of ending the process.
+    """From its creation on, SIGINT, SIGTERM and SIGHUP set ``signal`` and do not end the process.
 
-    In a single process a second Ctrl-C ends it at once. (torchrun itself sends each signal twice.)
+    A signal that the process ignores, as SIGHUP under nohup, stays ignored. In a single process a
+    second Ctrl-C ends it at once. (torchrun itself sends each signal twice.)
     """
 
     def __init__(self, team: Team):
         self.signal = 0  # the signal that arrived
         self.team = team
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     @property
     def status(self) -> int:
-        """Exit status: 130 or 143. SIGTERM's if the signal went to another process."""
+        """Exit status: 129, 130 or 143. SIGTERM's if the signal went to another process."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT and self.team.size == 1:
             raise KeyboardInterrupt
         self.signal = number
+
+
+def prepare_streams() -> None:
+    """Keep the standard streams apart from the run's files, whatever the process started with.
+
+    The next file would get the descriptor of a closed stream, and with it what libraries print. A
+    character that the locale's encoding lacks is printed as an escape.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def status_of(problem: BaseException, program: str) -> int:
+    """Print why a run ends; returns the exit status.
+
+    Args:
+        problem: MinibertError, OSError or KeyboardInterrupt.
+        program: the name of the command.
+    """
+    if isinstance(problem, KeyboardInterrupt):
+        return 130
+    if isinstance(problem, OSError):
+        if problem.filename is None:  # Python would fail again when it flushes at exit
+            silence(1)
+        if isinstance(problem, BrokenPipeError):  # as in `train.py | head`
+            silence(2)
+            return 141
+        problem = MinibertError(
+            f"{problem.filename or 'standard output'}: {problem.strerror}: "
+            "mend that, then continue with --resume"
+        )
+    print(f"{program}: {problem}", file=sys.stderr, flush=True)
+    if isinstance(problem, LostProcessError):
+        sys.stdout.flush()
+        os._exit(2)
+    return 2
+
+
+def silence(descriptor: int) -> None:
+    """Discard what is printed from now on, and what is still buffered."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
