@@ -151,6 +151,8 @@ def test_arguments_that_do_not_go_together(folder: Path, tmp_path, refused, monk
     assert out.read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.txt", "in.txt", "out.txt"]
     monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     assert "2 processes cannot share a text: give them a --file" in refused("tag", folder)
 
 
