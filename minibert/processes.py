@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -68,8 +70,8 @@ def _variable(name: str, least: int, most: int, default: int | None) -> int:
         return default
     if given is None or not re.fullmatch("[0-9]{1,9}", given) or not least <= int(given) <= most:
         raise MinibertError(
-            f"{name}={given or ''}: must be a number from {least} to {most}: start several "
-            "processes with torchrun, or unset WORLD_SIZE and RANK for one"
+            f"{name}={'(not set)' if given is None else given}: must be a number from {least} to "
+            f"{most}: start several processes with torchrun, or unset WORLD_SIZE and RANK for one"
         )
     return int(given)
 
@@ -235,23 +237,42 @@ def _meet(here: Launched, backend: str) -> None:
     Raises:
         MinibertError: they do not all come, or their address cannot be used.
     """
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    others = f"RANK 1 to {here.size - 1}" if here.rank == 0 else "RANK 0"
-    waiting = f"RANK {here.rank} of {here.size}: waiting for {others} at {address}"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    others = "RANK 0" if here.rank else f"RANK {', '.join(map(str, range(1, here.size)))}"
+    mine = f"RANK {here.rank} of {here.size}, {host}:{port}"
     notice = threading.Timer(
         NOTICE.total_seconds(),
-        lambda: print(f"{waiting}, for {MEETING} at most", file=sys.stderr, flush=True),
+        lambda: print(f"{mine}: waiting for {others}, {MEETING} at most", file=sys.stderr),
     )
     notice.daemon = True
     notice.start()
     try:
+        if here.rank:
+            _reach(host, port)
         store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         store.set_timeout(TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         raise MinibertError(
-            f"{waiting}: {str(error).splitlines()[0]}: start every process, with the same "
-            "MASTER_ADDR and a free MASTER_PORT"
+            f"{mine}: cannot connect to {others} ({str(error).splitlines()[0]}): start every "
+            "process, with the same MASTER_ADDR and a free MASTER_PORT"
         ) from None
     finally:
         notice.cancel()
+
+
+def _reach(host: str, port: int) -> None:
+    """Wait for rank 0. If torch did, it would print a stack trace at each attempt.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    deadline = time.monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)

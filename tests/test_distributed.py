@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import torch
 from builders import write_bio
 from training_runs import ROOT, assert_same_tree, run_team, tiny_model
 
+from minibert import processes
+from minibert.files import MinibertError
 from minibert.text import demo
 from minibert.training.resume import list_of, read
 
@@ -143,6 +147,63 @@ def test_the_writer_cannot_write(files: Path, tmp_path: Path) -> None:
     assert [run.wait() for run in runs] == [2, 2]
     assert "cannot be written (No such file or directory)" in runs[0].text()
     assert not any("Traceback" in run.text() for run in runs)
+
+
+@pytest.mark.parametrize(("rank", "others"), [(0, "RANK 1, 2"), (1, "RANK 0")])
+def test_processes_that_do_not_come_are_named(
+    rank: int, others: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 3, "RANK": rank}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(processes, "NOTICE", timedelta(seconds=0.1))
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    with pytest.raises(MinibertError, match=f"cannot connect to {others} "):
+        with processes.connected(torch.device("cpu")):
+            pass
+    said = f"RANK {rank} of 3, 127.0.0.1:{port}: waiting for {others}, 0:00:01 at most\n"
+    assert capfd.readouterr().err == said
+
+
+def test_a_port_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": other.getsockname()[1]}
+        for name, value in (variables | {"WORLD_SIZE": 2, "RANK": 0}).items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(MinibertError, match=r"address already in use.*a free MASTER_PORT"):
+            with processes.connected(torch.device("cpu")):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a number from 1 to"),
+        ({"WORLD_SIZE": "2"}, r"RANK=\(not set\): must be"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK=x: must be a number from 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2: must be a number from 0 to 1"),
+        ({"RANK": "1"}, "RANK=1: must be a number from 0 to 0"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, r"MASTER_PORT=\(not set\)"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "abc"}, "MASTER_PORT=abc"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "80"}, "MASTER_ADDR is not set"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+    ],
+)
+def test_the_environment_is_checked_in_one_place(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.launched() == (0, 1, 0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MinibertError, match=message):
+        processes.launched()
 
 
 def test_torchrun(files: Path, tmp_path: Path) -> None:
