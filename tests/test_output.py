@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_resume import arguments, error_line, files, finished, stopped, whole
-from training_runs import Run, tree
+from training_runs import KILL_POINTS, ROOT, Run, tree
 
+from minibert import Tagger
+from minibert.files import MinibertError, write_text
+from minibert.machine import choose_device
+from minibert.processes import Team
+from minibert.tagging.evaluate import evaluate
 from minibert.text import demo
 from minibert.text.bio import Sentence, write_bio
+from minibert.training.adamw import AdamW, bert_groups
+from minibert.training.averaging import WeightAverage
+from minibert.training.corpus import Part
 from minibert.training.loss_curve import curve_for
-from minibert.training.output import LOCK
-from minibert.training.resume import TENSORS, list_of
+from minibert.training.output import LOCK, MODEL_FILES, Output, owned
+from minibert.training.results import evaluate_and_save
+from minibert.training.resume import TENSORS, Training, list_of
 
 __all__ = ["files", "whole"]  # fixtures
+
+WRITER = Team(0, 1, torch.device("cpu"))
 
 
 def test_a_shorter_recipe_does_not_replace_an_unfinished_run(files: Path, tmp_path: Path) -> None:
@@ -108,3 +124,211 @@ def test_a_wrong_torchrun_environment_is_one_line(
 )
 def test_wrong_arguments_are_one_line(files: Path, tmp_path: Path, wrong: list[str]) -> None:
     error_line(Run(arguments(files, tmp_path / "run", *wrong), tmp_path / "said"))
+
+
+@pytest.mark.parametrize("arguments_", [["--batch-size", "9" * 30], ["--lr", "inf"]])
+def test_numbers_that_cannot_be_used_are_refused(
+    files: Path, tmp_path: Path, arguments_: list[str]
+) -> None:
+    error_line(Run(arguments(files, tmp_path / "run", *arguments_), tmp_path / "said"))
+
+
+def test_the_meta_device_is_refused() -> None:
+    with pytest.raises(MinibertError, match="device 'meta': it holds shapes, not numbers"):
+        choose_device("meta")
+
+
+# The directory itself
+
+
+def test_an_owner_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "one"
+    with owned(path, WRITER):
+        with pytest.raises(MinibertError, match=rf"^{path}: process {os.getpid()} on .* training"):
+            with owned(path, WRITER):
+                pass
+        with owned(path, Team(1, 2, WRITER.device)) as other:  # of the same run
+            assert other.at("x") == path / "x"
+    assert not (tmp_path / "runs").exists(), "it was made for nothing"
+
+
+def test_the_lock_of_a_killed_run_blocks_nobody(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(f"{os.getppid()} on this machine\n")
+    with owned(tmp_path, WRITER):
+        assert (tmp_path / LOCK).read_text().startswith(f"{os.getpid()} on ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_planted_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / LOCK).symlink_to("victim")
+    with pytest.raises(MinibertError, match="cannot be written"), owned(tmp_path, WRITER):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
+def test_a_directory_that_cannot_be_made(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MinibertError, match=r"cannot be written \(.*: give --output a directory"):
+        with owned(tmp_path / name, WRITER):
+            pass
+    assert tree(tmp_path) == {"file": b""}
+
+
+def test_names_that_only_look_temporary_are_not_swept(tmp_path: Path) -> None:
+    own = (".last.unfinished/config.json", ".metrics.jsonl.abcd1234.unfinished")
+    own += ("checkpoints/.step-000012.unfinished/x", "checkpoints/.step-000003.old.unfinished/x")
+    others = (".mine.unfinished/x", "best/.notes.unfinished", ".last.backup.unfinished/x")
+    others += ("deep/er/.last.unfinished/x", "checkpoints/.step-x.unfinished", "notes.unfinished")
+    for name in own + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with owned(tmp_path, WRITER) as output:
+        output.sweep()
+    left = {name for name, content in tree(tmp_path).items() if content == name.encode()}
+    assert left == set(others)
+    assert not list(tmp_path.glob("checkpoints/.step-0*"))
+
+
+def write_model(output: Output, content: str) -> None:
+    with output.replacing("last") as directory:
+        for name in MODEL_FILES:
+            write_text(directory / name, content)
+
+
+def contents(path: Path) -> set[bytes]:
+    return {(path / name).read_bytes() for name in MODEL_FILES}
+
+
+class KilledError(BaseException):
+    """Nothing that handles errors handles this."""
+
+
+def killed_at(call: int, patch: pytest.MonkeyPatch) -> None:
+    """From the ``call``-th change to the disk on, before it or after it, no other is made."""
+    count = 0
+
+    def deadly(function):
+        def wrapped(*given, **options):
+            nonlocal count
+            count += 1
+            if count > call or (count == call and call % 2):
+                raise KilledError
+            try:
+                return function(*given, **options)
+            finally:
+                if count == call:
+                    raise KilledError
+
+        return wrapped
+
+    for module, name in KILL_POINTS["disk"]:
+        patch.setattr(f"{module}.{name}", deadly(getattr(importlib.import_module(module), name)))
+
+
+def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """Killed before or after any change to the disk, the old one or the new one is there."""
+    kills, seen = 0, set()
+    while True:
+        path = tmp_path / str(kills)
+        path.mkdir()
+        write_model(Output(path, None), "old")
+        (path / "last" / "notes").write_text("mine")
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                killed_at(kills + 1, patch)
+                write_model(Output(path, None), "new")
+            break
+        except KilledError:
+            kills += 1
+        if (path / "last").exists():
+            assert contents(path / "last") in ({b"old"}, {b"new"})
+        with owned(path, WRITER) as output:
+            output.sweep()
+        found = contents(path / "last")
+        assert found in ({b"old"}, {b"new"})
+        assert (path / "last" / "notes").read_text() == "mine"
+        assert [entry.name for entry in path.iterdir()] == ["last"]
+        seen |= found
+    assert kills > 15
+    assert seen == {b"old", b"new"}
+
+
+def test_what_is_replaced_keeps_its_mode_and_its_place(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last").symlink_to("../elsewhere")
+    write_model(Output(tmp_path / "run", None), "new")
+    assert (tmp_path / "run" / "last").is_symlink()
+    assert contents(tmp_path / "elsewhere") == {b"new"}
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_renamed_directory_is_not_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with owned(path, WRITER) as output:
+        path.rename(tmp_path / "elsewhere")
+        for action in (lambda: write_model(output, "new"), lambda: output.at("report.json")):
+            with pytest.raises(MinibertError, match="renamed or removed: move it back"):
+                action()
+        assert not path.exists()
+        path.mkdir()  # another one in its place
+        with pytest.raises(MinibertError, match="renamed or removed"):
+            output.discard("best")
+    assert list(path.iterdir()) == []
+
+
+def test_an_output_that_is_renamed_during_evaluation(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written in its place, and nothing is said to be saved."""
+    tagger = Tagger.from_pretrained(files / "model", device="cpu", prepack=False)
+    average = WeightAverage(tagger.model.parameters(), math.inf)
+    run = Training(tagger.model, AdamW(bert_groups(tagger.model, 0.0)), average, None, step=1)
+    part = Part(demo.generate()[1][:4], "test.bio")
+
+    def rename(*given):
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return evaluate(*given)
+
+    monkeypatch.setattr("minibert.training.results.evaluate", rename)
+    with owned(tmp_path / "run", WRITER) as output:
+        with pytest.raises(MinibertError, match="run was renamed or removed: move it back"):
+            evaluate_and_save(1, run, tagger, {"dev": part}, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+# The standard streams and the environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shell", "status", "said"),
+    [
+        ("$TRAIN >&- 2>&- <&-", 0, ""),
+        ("$TRAIN 2>&-", 0, ""),
+        ("$TRAIN >/dev/full", 2, "train.py: standard output: No space left on device"),
+        ("set -o pipefail; $TRAIN | head -1", 141, ""),
+        ("set -o pipefail; $TRAIN 2>&1 | head -1", 141, ""),
+        ("PYTHONIOENCODING=latin-1 $TRAIN", 0, ""),
+        ("PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 LC_ALL=POSIX $TRAIN", 0, ""),
+        ("MPLBACKEND=nonsense $TRAIN", 0, ""),
+    ],
+)
+def test_whatever_the_streams_are_the_run_ends_well(
+    files: Path, tmp_path: Path, shell: str, status: int, said: str
+) -> None:
+    output = tmp_path / "caf\udce9"  # a name that is not UTF-8
+    train = [sys.executable, ROOT / "train.py", *arguments(files, output)]
+    ran = subprocess.run(
+        ["bash", "-c", shell.replace("$TRAIN", '"$@"'), "bash", *map(str, train)],
+        capture_output=True,
+        timeout=300,
+    )
+    errors = ran.stderr.decode(errors="replace")
+    assert ran.returncode == status, errors
+    assert "Traceback" not in errors
+    assert said in errors
+    if status == 0:
+        assert (output / "report.json").is_file()

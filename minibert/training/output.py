@@ -149,9 +149,11 @@ def owned(path: Path, team: Team) -> Iterator[Output]:
         try:
             yield Output(path, lock)
         finally:
-            with suppress(OSError):
-                if _is_at(path / LOCK, lock):
+            if _is_at(path / LOCK, lock):
+                with suppress(OSError):
                     (path / LOCK).unlink()
+            else:  # renamed: what is there now belongs to someone else
+                made.clear()
             os.close(lock)
     finally:
         with suppress(OSError):
