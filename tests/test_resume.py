@@ -24,7 +24,7 @@ from minibert.processes import Team
 from minibert.text import demo
 from minibert.training.output import LOCK
 from minibert.training.resume import list_of, read, write
-from minibert.training.stop import Stop
+from minibert.training.stop import STOPPING, Stop
 
 MODES = {
     "padded": ("--layout", "longest", "--dtype", "fp32", "--seed", "1"),
@@ -123,7 +123,9 @@ def test_every_kill_point_is_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(counts.values()), counts
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(
     files: Path, whole: Path, tmp_path: Path, number: int, status: int
 ) -> None:
@@ -142,13 +144,27 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         stop = Stop(Team(0, 1, torch.device("cpu")))
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = Stop(Team(0, 1, torch.device("cpu")))
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.signal == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.status == 143
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -196,6 +212,9 @@ def test_other_arguments_are_refused_by_name(files: Path, tmp_path: Path) -> Non
     write_bio(other / "train.bio", [*sentences[:59], sentences[60]])
     pieces = (other / "model" / "vocab.txt").read_text().splitlines()
     (other / "model" / "vocab.txt").write_text("\n".join([*pieces[:-1], "another"]) + "\n")
+    cased = tmp_path / "cased"
+    shutil.copytree(files / "model", cased / "model")
+    (cased / "model" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     same = [files, files / "train.bio"]
     for changed, message in (
         ([*same, "--lr", "1e-4"], "lr was 0.0003 and is 0.0001"),
@@ -204,6 +223,7 @@ def test_other_arguments_are_refused_by_name(files: Path, tmp_path: Path) -> Non
         ([*same, "--attn", "eager"], "attention was sdpa and is eager"),
         ([files, other / "train.bio"], "the training data differs"),
         ([other, files / "train.bio"], "the model's vocab.txt differs"),
+        ([cased, files / "train.bio"], "the model's tokenizer_config.json differs"),
     ):
         where, train, *flags = changed
         more = ["--model", where / "model", "--train", train, *flags, "--resume"]
