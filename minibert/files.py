@@ -1,4 +1,4 @@
-"""Errors that a user reads, and files that are either complete or absent."""
+"""Errors that a user reads, input that is limited, and output that is either complete or absent."""
 
 from __future__ import annotations
 
@@ -7,19 +7,39 @@ import hashlib
 import json
 import mmap
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-JSON_BYTES = 100 << 20  # most in a JSON file; the largest known ones hold a vocabulary of 20 MB
+TEXT_BYTES = 100 << 20  # most in a file that is read whole; a vocabulary has up to 20 MB
+LINE_BYTES = 8 << 20  # most in a line, and in a text from standard input
 LINE = 1000  # most characters in an error message
 
 TEMPORARY = ".unfinished"  # suffix of temporary files and directories
+
+
+# Controls other than tab and line feed, C1 included; bidirectional controls; separators of lines
+# and paragraphs; surrogates, which UTF-8 cannot encode.
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    r"""Text for a terminal: what could control it is shown as an escape, ``\x1b`` or ``\u202e``."""
+
+    def escape(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    return UNSAFE.sub(escape, text)
 
 
 class MinibertError(Exception):
@@ -27,45 +47,131 @@ class MinibertError(Exception):
 
     The message is one line: where (file, line), what is wrong, and what to do. The command line
     prints it without a traceback and exits with status 2. Text from files and libraries cannot
-    break the line; a long message keeps its two ends, which say where and what to do.
+    break the line or control the terminal; a long message keeps its two ends, which say where and
+    what to do.
     """
 
     def __init__(self, message: str):
-        line = " ".join(message.splitlines())
+        line = visible(" ".join(message.splitlines()))
         if len(line) > LINE:
             line = f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
         super().__init__(line)
 
 
+def reason(error: OSError) -> str:
+    """What the system says, or the library that raised the error."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+@contextmanager
+def machine_faults() -> Iterator[None]:
+    """Turn what the machine refuses, memory or a file, into a ``MinibertError``.
+
+    For the outermost level of a command. A closed pipe stays a ``BrokenPipeError``.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = (
+            f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        )
+        raise MinibertError(
+            f"{where}{reason(error)}: check the path, its permissions and the limits of the system"
+        ) from None
+    except (MemoryError, RuntimeError, ImportError) as error:
+        said = str(error)
+        # torch: "can't allocate memory", "out of memory"; the loader: "failed to map segment".
+        if isinstance(error, MemoryError) or re.search(
+            r"(?i)allocate memory|out of memory|failed to map segment|can't start new thread", said
+        ):
+            raise MinibertError(
+                f"out of memory ({said[:200] or type(error).__name__}): free some, raise the limit "
+                "(ulimit -v) or give a smaller input"
+            ) from None
+        raise
+
+
 def home() -> Path:
-    """Where downloads and compiled kernels go: ``$MINIBERT_HOME`` or ``~/.cache/minibert``."""
-    return Path(os.environ.get("MINIBERT_HOME") or Path.home() / ".cache" / "minibert")
+    """Where downloads and compiled kernels go: ``$MINIBERT_HOME`` or ``~/.cache/minibert``.
+
+    Raises:
+        MinibertError: this user has no home directory.
+    """
+    if given := os.environ.get("MINIBERT_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "minibert"
+    except RuntimeError:
+        raise MinibertError(
+            "this user has no home directory: set MINIBERT_HOME to a writable directory"
+        ) from None
+
+
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[BinaryIO]:
+    """Open an input file; only a regular file, or a link to one.
+
+    FIFOs and devices could block forever or never end.
+
+    Raises:
+        MinibertError: it is not a regular file, or cannot be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise MinibertError(f"{path}: is {_kind(mode)}, not a regular file: {remedy}")
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise MinibertError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which is synced and renamed to ``path`` at the end.
 
-    If the body fails, ``path`` is unchanged and the temporary file is removed.
+    If the body fails, ``path`` is unchanged and the temporary file is removed. A link stays and its
+    target is replaced. The mode is that of the file before, or what the umask leaves. A device or
+    FIFO cannot be replaced: the body writes into it.
 
     Raises:
-        MinibertError: the directory cannot be written or the disk is full.
+        MinibertError: ``path`` is a directory, it cannot be written or the disk is full.
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        try:
+            before = os.stat(path).st_mode
+        except FileNotFoundError:
+            before = None
+        if before is not None and stat.S_ISDIR(before):
+            raise MinibertError(f"{path}: is a directory: name a file to write")
+        if before is not None and not stat.S_ISREG(before):
+            yield path
+            return
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
+        new = target.with_name(name)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        os.close(os.open(new, flags, 0o666 if before is None else 0o600))
+        temporary = new
         yield temporary
-        temporary.chmod(0o644)
+        if before is not None:
+            temporary.chmod(stat.S_IMODE(before))
         sync(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         temporary = None
-        sync(path.parent)
+        sync(target.parent)
     except OSError as error:
         raise MinibertError(
-            f"{path}: cannot be written ({error.strerror}): "
+            f"{path}: cannot be written ({reason(error)}): "
             "free some space or name a directory that can be written"
         ) from error
     finally:
@@ -74,9 +180,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; see ``replacing``."""
+    """Write a text file atomically; see ``replacing``.
+
+    Surrogates, as in file names that are not UTF-8, become escapes.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sweep(directory: Path) -> None:
@@ -89,21 +198,59 @@ def sweep(directory: Path) -> None:
 
 
 def read_text(path: Path, remedy: str) -> str:
-    """Read a UTF-8 file.
+    """Read a UTF-8 file of at most ``TEXT_BYTES``.
 
     Raises:
-        MinibertError: it cannot be read, or is not UTF-8.
+        MinibertError: it cannot be read, is too large, or is not UTF-8.
+    """
+    with reading(path, remedy) as file:
+        raw = file.read(TEXT_BYTES + 1)
+    if len(raw) > TEXT_BYTES:
+        raise MinibertError(f"{path}: more than the limit of {TEXT_BYTES} bytes: {remedy}")
+    return decoded(raw, path).removeprefix("\ufeff")
+
+
+def decoded(raw: bytes, source: Path | str, line: int = 1) -> str:
+    """Decode UTF-8.
+
+    Args:
+        raw: the bytes.
+        source: where they come from, for the message.
+        line: number of the first line.
+
+    Raises:
+        MinibertError: it is not UTF-8; names the line.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise MinibertError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
-    try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line += raw.count(b"\n", 0, error.start)
         raise MinibertError(
-            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8: save the file as UTF-8"
+            f"{source}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8: convert it first"
+        ) from None
+
+
+def lines_of(file: BinaryIO, source: Path | str) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and content of each line, its line feed included, in constant memory.
+
+    Only a line feed ends a line.
+
+    Raises:
+        MinibertError: it cannot be read, or a line has more than ``LINE_BYTES``.
+    """
+    number = 1
+    try:
+        while line := file.readline(LINE_BYTES + 1):
+            if len(line) > LINE_BYTES:
+                raise MinibertError(
+                    f"{source}:{number}: the line has more than {LINE_BYTES} bytes: "
+                    "write one sentence per line"
+                )
+            yield number, line
+            number += 1
+    except OSError as error:
+        raise MinibertError(
+            f"{source}: cannot be read ({reason(error)}): give text, one sentence per line"
         ) from None
 
 
@@ -113,11 +260,6 @@ def read_json(path: Path, remedy: str) -> Any:
     Raises:
         MinibertError: it cannot be read, is too large, is not UTF-8, or is not JSON.
     """
-    if path.is_file() and path.stat().st_size > JSON_BYTES:
-        raise MinibertError(
-            f"{path}: has {path.stat().st_size} bytes, more than the limit of {JSON_BYTES}: "
-            "fetch the file again"
-        )
     return parse_json(read_text(path, remedy), path)
 
 

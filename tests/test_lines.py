@@ -145,7 +145,7 @@ def test_arguments_that_do_not_go_together(folder: Path, tmp_path, refused, monk
         (["--file", tmp_path / "none"], "none: cannot be read (No such file or directory)"),
         (["--file", tmp_path], "cannot be read (Is a directory)"),
         (["--file", tmp_path / "bad.txt", "--output", out], "bad.txt:2: byte 0xff is not UTF-8"),
-        (["--file", given, "--output", given / "out"], "cannot be written (File exists)"),
+        (["--file", given, "--output", given / "out"], "cannot be written (Not a directory)"),
     ):
         assert message in refused("tag", folder, *arguments)
     assert out.read_text() == "before"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from minibert.files import MinibertError
+from minibert.files import decoded, lines_of, reading
 from minibert.processes import Team
 from minibert.tagging.stream import pools, read_ahead
 from minibert.tagging.tagger import Tagger
@@ -49,7 +49,7 @@ def tag_lines(
         for number, pool in enumerate(pools(lines, lambda line: len(line[1]))):
             owner = number % team.size
             if owner == team.rank:
-                texts = [decoded(line, source) for line in pool]
+                texts = [text_of(line, source) for line in pool]
                 yield partial(_shown, texts, tagger.start(texts), show)
             elif team.is_writer:
                 yield partial(team.receive, owner)
@@ -67,36 +67,21 @@ def _shown(
     return "".join(f"{show(text, found)}\n" for text, found in zip(texts, read())).encode()
 
 
-def numbered(file: Iterable[bytes]) -> Iterator[Line]:
-    """The lines of a file opened in binary mode. Only a line feed ends a line."""
-    return enumerate(file, start=1)
-
-
 def opened(path: Path) -> Iterator[Line]:
-    """The lines of a file, read one at a time.
+    """The lines of a file, read one at a time; see ``files.lines_of``.
 
     Raises:
-        MinibertError: the file cannot be read.
+        MinibertError: not a regular file, or it cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            yield from numbered(file)
-    except OSError as error:
-        raise MinibertError(
-            f"{path}: cannot be read ({error.strerror}): name a file with one sentence per line"
-        ) from None
+    with reading(path, "name a file with one sentence per line") as file:
+        yield from lines_of(file, path)
 
 
-def decoded(line: Line, source: str) -> str:
+def text_of(line: Line, source: str) -> str:
     """The text of a line without its line end (LF or CRLF).
 
     Raises:
         MinibertError: the line is not UTF-8.
     """
     number, raw = line
-    try:
-        return raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MinibertError(
-            f"{source}:{number}: byte 0x{raw[error.start]:02x} is not UTF-8: convert it first"
-        ) from None
+    return decoded(raw.removesuffix(b"\n").removesuffix(b"\r"), source, number)

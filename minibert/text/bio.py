@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,9 +24,10 @@ class Sentence:
 def read_bio(path: Path, orphans: str = "refuse") -> list[Sentence]:
     """Read a file with one word and its tag per line and a blank line between sentences.
 
-    Columns are separated by tabs, or by spaces on lines without a tab. The tag is the first column
-    (MIT Movie) or the last (CoNLL), whichever holds a tag on every line. ``-DOCSTART-`` lines and
-    CRLF are accepted.
+    Columns are separated by tabs, or by spaces on lines without a tab; other white space, such as a
+    no-break space, belongs to the word. The tag is the first column (MIT Movie) or the last
+    (CoNLL), whichever holds a tag on every line. ``-DOCSTART-`` lines are accepted. Lines end with
+    LF or CRLF, or in a file without an LF with CR.
 
     Args:
         path: the file.
@@ -34,7 +36,8 @@ def read_bio(path: Path, orphans: str = "refuse") -> list[Sentence]:
     Raises:
         MinibertError: the file cannot be read, has no sentences, or has a malformed line.
     """
-    lines = read_text(path, "name a BIO file").split("\n")
+    text = read_text(path, "name a BIO file")
+    lines = text.split("\n" if "\n" in text else "\r")
     rows = [(number, _columns(path, number, line)) for number, line in enumerate(lines, start=1)]
     tag_column = _tag_column(path, rows)
     word_column = -1 if tag_column == 0 else 0
@@ -65,8 +68,9 @@ def read_bio(path: Path, orphans: str = "refuse") -> list[Sentence]:
 
 def _columns(path: Path, number: int, line: str) -> list[str]:
     """The columns of a line, at least two; none if the line ends a sentence."""
-    columns = [c.strip() for c in line.split("\t")] if "\t" in line else line.split()
-    if not line.strip() or columns[0] == "-DOCSTART-":
+    # Not str.split() and str.strip(): their white space includes no-break spaces and more.
+    columns = [c.strip(" \r") for c in re.split("\t" if "\t" in line else " +", line.strip(" \r"))]
+    if not any(columns) or columns[0] == "-DOCSTART-":
         return []
     if len(columns) < 2 or not columns[0] or not columns[-1]:
         raise MinibertError(
