@@ -9,7 +9,6 @@ import mmap
 import os
 import re
 import secrets
-import shutil
 import stat
 import sys
 from collections import Counter
@@ -157,8 +156,8 @@ def replacing(path: Path) -> Iterator[Path]:
             return
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        name = f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
-        new = target.with_name(name)
+        # Eight characters, by which the sweep of an output directory knows it (training/output.py).
+        new = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}{TEMPORARY}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         os.close(os.open(new, flags, 0o666 if before is None else 0o600))
         temporary = new
@@ -186,15 +185,6 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def sweep(directory: Path) -> None:
-    """Remove the temporary files and directories that a killed process left below ``directory``."""
-    for path in list(directory.rglob(f".*{TEMPORARY}")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def read_text(path: Path, remedy: str) -> str:
