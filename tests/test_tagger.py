@@ -323,3 +323,14 @@ def test_without_well_formed_every_label_is_the_argmax(directory: Path) -> None:
     for tags, fit in zip(found, fitting):
         if well_formed(tags):
             assert tags == fit
+
+
+def test_a_type_without_b_begins_with_i() -> None:
+    labels = ["O", "I-X", "B-Y", "I-Y"]
+    assert may_follow("I-X", "O", labels)
+    assert not may_follow("I-Y", "O", labels)
+    assert not may_follow("I-X", "O")
+    score_WL = torch.tensor([[0.0, 9, 1, 2], [0, 9, 1, 2], [0, 1, 4, 5], [0, 1, 4, 5]])
+    tags = [labels[i] for i in best_labels(score_WL.log_softmax(-1), labels)]
+    assert tags == ["I-X", "I-X", "B-Y", "I-Y"]
+    assert best_labels(torch.tensor([[1.0, 0], [0, 1]]).log_softmax(-1), ["I-X", "I-Y"]) == [0, 1]

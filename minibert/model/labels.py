@@ -1,14 +1,13 @@
 """BIO labels: which may follow which, and the most probable sequence that obeys.
 
-A linear head judges every word alone, so its best labels need not fit together: an I-TITLE may
-follow an O. ``best_labels`` finds the most probable well-formed sequence by dynamic programming
-(Viterbi 1967), from the head's log-probabilities, with no learned transitions.
+A linear head judges every word alone: an I-TITLE may follow an O. ``best_labels`` finds the most
+probable well-formed sequence from its log-probabilities, by Viterbi's algorithm (1967).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import torch
@@ -18,16 +17,18 @@ IGNORE = -100  # the label of a token that does not count in the loss
 TAG = re.compile(r"O|[BI]-\S+")
 
 
-def may_follow(label: str, previous: str) -> bool:
-    """B- and O follow anything, I-X only B-X or I-X. A sentence starts as if after O."""
-    return label[0] != "I" or previous[1:] == label[1:]
+def may_follow(label: str, previous: str, names: Collection[str] | None = None) -> bool:
+    """B- and O follow anything, I-X only B-X or I-X; if ``names`` lack B-X, anything as well."""
+    orphan = label[0] == "I" and previous[1:] != label[1:]
+    return not orphan or (names is not None and "B" + label[1:] not in names)
 
 
 @lru_cache(maxsize=8)
 def _forbidden(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """(L, L) bool: the label of the column may not follow that of the row; (L,): nor start."""
-    follow_LL = torch.tensor([[not may_follow(b, a) for b in names] for a in names])
-    return follow_LL, torch.tensor([not may_follow(b, "O") for b in names])
+    known = set(names)
+    follow_LL = torch.tensor([[not may_follow(b, a, known) for b in names] for a in names])
+    return follow_LL, torch.tensor([not may_follow(b, "O", known) for b in names])
 
 
 def best_labels(logp_WL: Tensor, names: Sequence[str]) -> list[int]:
@@ -42,7 +43,7 @@ def best_labels(logp_WL: Tensor, names: Sequence[str]) -> list[int]:
     """
     best = logp_WL.argmax(-1).tolist()
     previous = ["O", *(names[i] for i in best)]
-    if all(may_follow(names[i], before) for i, before in zip(best, previous)):
+    if all(may_follow(names[i], before, names) for i, before in zip(best, previous)):
         return best  # no sequence is more probable than the best label of every word
     forbidden_LL, forbidden_first_L = _forbidden(tuple(names))
     score_L = logp_WL[0].masked_fill(forbidden_first_L, -torch.inf)
