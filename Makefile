@@ -77,7 +77,7 @@ train: $(SETUP)
 	$(PYTHON) train.py --model bert-base-cased --corpus mit_movie --recipe paper --output runs/paper --resume
 
 # MiniLM on MIT Movie, trained by minibert and by transformers with five seeds each; regenerates
-# README.md's table. Ten minutes per seed for minibert on two cores, more for transformers.
+# README.md's table. About ten minutes per seed and library on two cores.
 scores: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m benchmarks.scores
 

@@ -21,6 +21,7 @@ from minibert.files import (
     UNSAFE,
     MinibertError,
     decoded,
+    fill_closed_streams,
     lines_of,
     machine_faults,
     reason,
@@ -32,7 +33,9 @@ from minibert.speed.memory import use_huge_pages
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; exit status 0, 1 if a verification fails, 2 for bad input."""
-    _fill_closed_streams()
+    fill_closed_streams()
+    if sys.stderr is None:  # stdin and stdout stay None: a command that needs them says so
+        sys.stderr = os.fdopen(2, "w", closefd=False)
     try:
         with machine_faults():
             try:
@@ -49,21 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of the pipe is gone, as in `| head`
         return 0
-
-
-def _fill_closed_streams() -> None:
-    """Open /dev/null where a standard stream is closed.
-
-    Else the next file that is opened would get its number, and with it what libraries print.
-    ``sys.stdin`` and ``sys.stdout`` stay None: a command that needs them says so.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _run(given: list[str]) -> int:

@@ -62,6 +62,16 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def fill_closed_streams() -> None:
+    """Open /dev/null where a standard stream is closed.
+
+    Else the next file that is opened would get its number, and with it what libraries print.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest free number
+        pass
+    os.close(handle)
+
+
 @contextmanager
 def machine_faults() -> Iterator[None]:
     """Turn what the machine refuses, memory or a file, into a ``MinibertError``.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from minibert.files import MinibertError, parse_json, replacing
-
-log = logging.getLogger("minibert")
 
 WEIGHTS = "model.safetensors"
 DTYPE_NAMES = {

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from minibert.files import TEMPORARY, MinibertError, sync
+from minibert.files import TEMPORARY, MinibertError, reason, sync
 from minibert.processes import Team
 
 LOCK = "train.lock"
@@ -120,7 +120,7 @@ class Output:
 def cannot_write(path: Path, error: OSError) -> MinibertError:
     """The error with the path and the remedy."""
     return MinibertError(
-        f"{path}: cannot be written ({error.strerror}): free some space there or make it writable, "
+        f"{path}: cannot be written ({reason(error)}): free some space there or make it writable, "
         "then continue with --resume"
     )
 
@@ -143,7 +143,7 @@ def owned(path: Path, team: Team) -> Iterator[Output]:
             lock = _lock(path / LOCK)
         except OSError as error:
             raise MinibertError(
-                f"{path}: cannot be written ({error.strerror}): "
+                f"{path}: cannot be written ({reason(error)}): "
                 "give --output a directory that can be written"
             ) from None
         try:

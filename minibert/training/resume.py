@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minibert.files import TEMPORARY, MinibertError, sha256_of, sync
+from minibert.files import TEMPORARY, MinibertError, reason, sha256_of, sync
 from minibert.model.heads import BertForTokenClassification
 from minibert.pretrained import weights
 from minibert.processes import Team
@@ -331,14 +331,14 @@ def cannot_write(path: Path, error: OSError, size: int = 0) -> MinibertError:
     space = f"free {max(1, size // 10**6)} MB there" if size else "free some space there"
     then = f"continue with --resume from {found[-1]}" if found else "start again"
     return MinibertError(
-        f"{path}: cannot be written ({error.strerror}): {space} or make it writable, then {then}"
+        f"{path}: cannot be written ({reason(error)}): {space} or make it writable, then {then}"
     )
 
 
 def cannot_read(path: Path, error: OSError) -> MinibertError:
     """The error with the path and the remedy."""
     return MinibertError(
-        f"{path}: cannot be read ({error.strerror}): make it readable, then repeat the command"
+        f"{path}: cannot be read ({reason(error)}): make it readable, then repeat the command"
     )
 
 

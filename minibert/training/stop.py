@@ -8,7 +8,7 @@ import signal
 import sys
 from types import FrameType
 
-from minibert.files import MinibertError
+from minibert.files import MinibertError, fill_closed_streams, reason
 from minibert.processes import LostProcessError, Team
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -40,14 +40,8 @@ class Stop:
 
 
 def prepare_streams() -> None:
-    """Keep the standard streams apart from the run's files, whatever the process started with.
-
-    The next file would get the descriptor of a closed stream, and with it what libraries print. A
-    character that the locale's encoding lacks is printed as an escape.
-    """
-    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(handle)
+    """Accept closed streams, and print an escape for a character that the locale lacks."""
+    fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -69,7 +63,7 @@ def status_of(problem: BaseException, program: str) -> int:
             silence(2)
             return 141
         problem = MinibertError(
-            f"{problem.filename or 'standard output'}: {problem.strerror}: "
+            f"{problem.filename or 'standard output'}: {reason(problem)}: "
             "mend that, then continue with --resume"
         )
     print(f"{program}: {problem}", file=sys.stderr, flush=True)
