@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import mmap
 import os
 import re
 import secrets
 import stat
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +76,8 @@ def machine_faults() -> Iterator[None]:
     For the outermost level of a command. A closed pipe stays a ``BrokenPipeError``.
     """
     try:
-        yield
+        with memory_faults():
+            yield
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -89,6 +87,13 @@ def machine_faults() -> Iterator[None]:
         raise MinibertError(
             f"{where}{reason(error)}: check the path, its permissions and the limits of the system"
         ) from None
+
+
+@contextmanager
+def memory_faults() -> Iterator[None]:
+    """Turn a lack of memory or threads, as Python or torch says it, into a ``MinibertError``."""
+    try:
+        yield
     except (MemoryError, RuntimeError, ImportError) as error:
         said = str(error)
         # torch: "can't allocate memory", "out of memory"; the loader: "failed to map segment".
@@ -302,23 +307,3 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def give_back(address: int, size: int) -> None:
-    """Return the whole pages in a range of memory to the system; on Linux only.
-
-    Pages of a mapped file count as the process's memory from the first access until the file is
-    closed. After this call they are read from the file again; other pages lose their contents.
-
-    Args:
-        address: of the first byte.
-        size: in bytes.
-    """
-    if sys.platform != "linux":
-        return
-    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first < last:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
-        )

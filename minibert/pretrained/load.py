@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minibert.files import MinibertError, give_back, write_text
+from minibert.files import MinibertError, write_text
 from minibert.machine import Chosen, choose_dtype
 from minibert.model.encoder import EncoderLayer, initial
 from minibert.model.heads import BertWithHead
@@ -67,14 +67,16 @@ def model(
     device = torch.device(device)
     dtype = choose_dtype(dtype, device).value
     attention = choose_attention(attn_implementation, device, dtype, config.head_size).value
-    path = directory / weights.WEIGHTS
-    tensors = weights.read(path)
-    with Blank():
-        made = kind(config, attention)
-    if seed is not None:
-        torch.manual_seed(seed)
-    made.load_report = fill(made, tensors, dtype, config.initializer_range, path)
-    return made.to(device).eval()
+    # In inference mode the parameters could never be trained.
+    with weights.opened(directory / weights.WEIGHTS) as checkpoint, torch.inference_mode(False):
+        check_heads(checkpoint, config.num_attention_heads)
+        with Blank():
+            made = kind(config, attention)
+        if seed is not None:
+            torch.manual_seed(seed)
+        source = directory / weights.WEIGHTS
+        made.load_report = fill(made, checkpoint, dtype, config.initializer_range, source)
+        return made.to(device).eval()
 
 
 def save(model: BertWithHead, directory: Path) -> None:
@@ -84,7 +86,7 @@ def save(model: BertWithHead, directory: Path) -> None:
             "the encoder layers are prepacked and have no plain weights to save: "
             "load the model with from_pretrained, or the Tagger with prepack=False"
         )
-    weights.save(model, directory / weights.WEIGHTS)
+    weights.save(model, directory / weights.WEIGHTS, model.config.num_attention_heads)
     config = json.dumps(config_json.to_dict(model.config, type(model).__name__), indent=2)
     write_text(directory / "config.json", config + "\n")
 
@@ -118,45 +120,66 @@ class Blank(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
+def check_heads(checkpoint: weights.Checkpoint, heads: int) -> None:
+    """Compare ``heads`` with the number that minibert saved beside the weights.
+
+    Raises:
+        MinibertError: they differ.
+    """
+    for path, metadata in checkpoint.metadata.items():
+        saved = metadata.get(weights.HEADS, str(heads))
+        if saved != str(heads):
+            raise MinibertError(
+                f"{path}: was saved with {saved} attention heads, but num_attention_heads of "
+                f"config.json is {heads}: use the config.json that belongs to it"
+            )
+
+
 def fill(
     model: nn.Module,
-    tensors: dict[str, Tensor],
+    checkpoint: weights.Checkpoint,
     dtype: torch.dtype,
     initializer_range: float,
     source: Path | str,
 ) -> LoadReport:
     """Set the parameters of a model built under ``Blank``; initialise those that are missing.
 
-    ``tensors`` are used up: as each is copied, the pages of its file are returned to the system, so
-    that the process never holds the file and the model in full.
-
     Args:
         model: built under ``Blank()``.
-        tensors: from ``weights.read``.
+        checkpoint: from ``weights.opened``.
         dtype: of the parameters; missing ones are drawn in it.
         initializer_range: standard deviation of drawn weights.
-        source: for messages.
+        source: for messages about the whole checkpoint.
 
     Raises:
-        MinibertError: a tensor of another shape, or not floating point; or most are missing.
+        MinibertError: a tensor of another shape, or not floating point; most are missing; or a
+            tensor of the encoder is not used.
     """
     names = weights.names_of(model)
+    tensors = checkpoint.tensors
     there = missing = 0  # parameters; all are checked before memory is allocated for one
     for ours, theirs in names.items():
         wanted = tuple(model.get_parameter(ours).shape)
-        tensor = tensors.get(theirs)
-        if tensor is None:
+        stored = tensors.get(theirs)
+        if stored is None:
             missing += math.prod(wanted)
             continue
         there += math.prod(wanted)
-        if tuple(tensor.shape) != wanted:
+        if stored.shape != wanted and ours.startswith("head.classifier."):
             raise MinibertError(
-                f"{source}: {theirs} has shape {tuple(tensor.shape)}, but config.json "
-                f"and the labels ask for {wanted}: use the config.json that belongs to it"
+                f"{stored.path}: {theirs} has shape {stored.shape}, but the labels ask for "
+                f"{wanted}: the model was trained with {stored.shape[0]} labels: give those "
+                f"{stored.shape[0]}"
             )
-        if not tensor.is_floating_point():
+        if stored.shape != wanted:
             raise MinibertError(
-                f"{source}: {theirs} has dtype {tensor.dtype}: weights must be floating point"
+                f"{stored.path}: {theirs} has shape {stored.shape}, but config.json asks for "
+                f"{wanted}: use the config.json that belongs to it"
+            )
+        if stored.dtype not in weights.FLOATS:
+            raise MinibertError(
+                f"{stored.path}: {theirs} has dtype {stored.dtype}: weights must be one of "
+                f"{', '.join(weights.FLOATS)}"
             )
     if not there:
         raise MinibertError(
@@ -168,21 +191,29 @@ def fill(
             f"{source}: holds {there} of the {there + missing} parameters that config.json and the "
             "labels ask for: use the config.json that belongs to it"
         )
-    for name, original in REDUNDANT.items():
-        if original is None or name not in tensors or original not in names.values():
-            continue
-        copy, tied = tensors[name], tensors.get(original, tensors[name])
-        if copy.dtype != tied.dtype or not torch.equal(copy, tied):
+    unused = sorted(tensors.keys() - names.values() - REDUNDANT.keys())
+    for name in unused:
+        if name.startswith(("bert.embeddings.", "bert.encoder.")):
             raise MinibertError(
-                f"{source}: {name} differs from {original}, to which it is tied in BERT: "
-                "use a checkpoint with tied embeddings"
+                f"{tensors[name].path}: holds {name}, for which the model of config.json has no "
+                "use: use the config.json that belongs to it"
+            )
+    tied = {
+        name: original
+        for name, original in REDUNDANT.items()
+        if name in tensors and original in tensors and original in names.values()
+    }
+    found = {n: t.to(dtype) for n, t in checkpoint.read({*names.values(), *tied})}
+    for name, original in tied.items():
+        if not torch.equal(found[name], found[original]):
+            raise MinibertError(
+                f"{tensors[name].path}: {name} differs from {original}, to which it is tied in "
+                "BERT: use a checkpoint with tied embeddings"
             )
     state, initialised = {}, []
     for ours, theirs in names.items():
-        if theirs in tensors:
-            # A copy: a change of the mapped file must not reach a loaded model.
-            state[ours] = tensors[theirs].to(dtype, copy=True)
-            give_back(tensors[theirs].data_ptr(), tensors[theirs].nbytes)
+        if theirs in found:
+            state[ours] = found[theirs]
         else:
             wanted = tuple(model.get_parameter(ours).shape)
             state[ours] = initial(ours, wanted, dtype, initializer_range)
@@ -190,5 +221,4 @@ def fill(
     model.load_state_dict(state, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    used = set(names.values()) | REDUNDANT.keys()
-    return LoadReport(tuple(sorted(tensors.keys() - used)), tuple(initialised))
+    return LoadReport(tuple(unused), tuple(initialised))

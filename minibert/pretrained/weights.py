@@ -8,24 +8,32 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minibert.files import MinibertError, parse_json, replacing
+from minibert.files import MinibertError, parse_json, read_json, reason, replacing
 
 WEIGHTS = "model.safetensors"
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
+INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
 }
+DTYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 HEADER_BYTES = 10 << 20  # largest header of a safetensors file; BERT-base's has 25 kB
 NAME = re.compile(r"[\w.-]{1,300}")
+SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
+SHARDS = 256  # most files of a checkpoint; all are open while it is read
+HEADS = "minibert.num_attention_heads"  # which no tensor's shape tells
 
 # Ours on the left, the checkpoint's on the right; {i} runs over the layers.
 NAMES = """
@@ -71,73 +79,207 @@ def names_of(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, under the checkpoint names of ``NAMES``.
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, not read yet."""
+
+    file: BinaryIO
+    path: Path
+    name: str  # in the file
+    dtype: str  # such as "F32"
+    shape: tuple[int, ...]
+    start: int  # of its bytes in the file
+
+    def read(self) -> Tensor:
+        """The tensor in memory of its own: what happens to the file later does not reach it.
+
+        Raises:
+            MinibertError: the file has become shorter, or cannot be read.
+        """
+        if self.dtype not in DTYPES:
+            raise MinibertError(
+                f"{self.path}: {self.name} has dtype {self.dtype}: "
+                f"save it in one of {', '.join(FLOATS)}"
+            )
+        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        rest = memoryview(_bytes(tensor))
+        try:
+            self.file.seek(self.start)
+            while rest:
+                count = self.file.readinto(rest)  # type: ignore[attr-defined]
+                if not count:
+                    raise OSError(f"it ends within {self.name}")
+                rest = rest[count:]
+        except OSError as error:
+            raise MinibertError(
+                f"{self.path}: changed or damaged while it was read ({reason(error)}): "
+                "fetch or save it again"
+            ) from None
+        return tensor
+
+
+class Checkpoint:
+    """The tensors of a checkpoint by the names of ``NAMES``; each is read when it is needed.
+
+    Args:
+        tensors: by name.
+        metadata: by file, what its header holds besides tensors.
+    """
+
+    def __init__(self, tensors: dict[str, Stored], metadata: dict[Path, dict[str, str]]):
+        self.tensors = tensors
+        self.metadata = metadata
+
+    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The wanted tensors with their names.
+
+        Of a file that was saved with a hash every tensor is read, one at a time, and compared.
+
+        Raises:
+            MinibertError: a tensor is not what was saved, or a file has changed.
+        """
+        for path, metadata in self.metadata.items():
+            saved, digest = metadata.get("minibert.sha256"), hashlib.sha256()
+            here = [item for item in self.tensors.items() if item[1].path == path]
+            for name, stored in sorted(here, key=lambda item: item[1].name):
+                if saved is None and name not in wanted:
+                    continue
+                tensor = stored.read()
+                if saved is not None:
+                    _update(digest, stored.name, tensor)
+                if name in wanted:
+                    yield name, tensor
+            if saved is not None and saved != digest.hexdigest():
+                raise MinibertError(
+                    f"{path}: the tensors do not match the hash they were saved with: "
+                    "the file is damaged, fetch or save it again"
+                )
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Checkpoint]:
+    """The checkpoint in a safetensors file, or in the several that its index beside it lists.
 
     Names may lack the ``bert.`` prefix. ``LayerNorm.gamma`` and ``.beta`` are accepted for
     ``LayerNorm.weight`` and ``.bias``, in LayerNorms only: other names may contain these words.
-    The tensors are views of the mapped file; ``load.fill`` copies those it uses.
 
     Raises:
-        MinibertError: no such file, a pickle, or a damaged file.
+        MinibertError: no such file, a pickle, a damaged file, or an index that does not fit.
     """
-    from safetensors import safe_open
+    with ExitStack() as stack:
+        tensors: dict[str, Stored] = {}
+        metadata = {}
+        for file, names in files_of(path).items():
+            found, metadata[file] = _open(file, stack)
+            if names is not None and (wrong := names ^ found.keys()):
+                name = min(wrong)
+                has, lacks = (file.name, INDEX) if name in found else (INDEX, file.name)
+                raise MinibertError(
+                    f"{file}: {name} is in {has}, but not in {lacks}: fetch both again"
+                )
+            for name, stored in found.items():
+                if tensors.setdefault(_canonical(name), stored) is not stored:
+                    twice = name if _canonical(name) != name else tensors[name].name
+                    raise MinibertError(
+                        f"{file}: {twice} and {_canonical(name)} name the same tensor: "
+                        "fetch or save it again"
+                    )
+        yield Checkpoint(tensors, metadata)
 
+
+def files_of(path: Path) -> dict[Path, set[str] | None]:
+    """The files of a checkpoint, and the names that its index gives each; None without an index.
+
+    Raises:
+        MinibertError: no such file, a pickle, or an index that names no files.
+    """
     if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
         raise MinibertError(
             f"{path}: a pickle can run any code, so minibert never opens one: "
             "convert it to model.safetensors"
         )
-    if not path.is_file():
-        pickled = path.with_name("pytorch_model.bin")
-        if pickled.is_file():
+    if path.is_file():
+        return {path: None}
+    index = path.with_name(INDEX)
+    if index.is_file():
+        return _listed(index)
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if path.with_name(name).is_file():
             raise MinibertError(
-                f"{pickled}: a pickle can run any code, so minibert never opens one: "
+                f"{path.with_name(name)}: a pickle can run any code, so minibert never opens one: "
                 "convert it to model.safetensors"
             )
-        raise MinibertError(f"{path}: no such file: name a directory that holds one")
+    raise MinibertError(f"{path}: no such file: name a directory that holds one")
+
+
+def _listed(index: Path) -> dict[Path, set[str] | None]:
+    """The files that an index lists, in its folder, with the names of their tensors."""
+    raw = read_json(index, "make it readable")
+    listed = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise MinibertError(f"{index}: weight_map must map tensors to files: fetch it again")
+    names: dict[Path, set[str]] = {}
+    for tensor, file in listed.items():
+        if not isinstance(file, str) or not SHARD.fullmatch(file):
+            raise MinibertError(
+                f"{index}: {tensor} is in {file!r}, which is not the name of a safetensors file: "
+                "fetch the index again"
+            )
+        names.setdefault(index.with_name(file), set()).add(tensor)
+    if len(names) > SHARDS:
+        raise MinibertError(f"{index}: lists {len(names)} files, more than {SHARDS}: save fewer")
+    for file in names:
+        if not file.is_file():
+            raise MinibertError(
+                f"{file}: no such file, but {INDEX} says that it holds {min(names[file])}: fetch it"
+            )
+    return dict(names)
+
+
+def _open(path: Path, stack: ExitStack) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a file by their names in it, and its metadata.
+
+    The library checks that dtypes, shapes and offsets agree, and that the tensors fill the file
+    without overlap. It maps the file into memory to do so. A process that reads a mapped file is
+    killed (SIGBUS) where the file has become shorter, so tensors are read, not mapped.
+    """
+    from safetensors import safe_open
+
     try:
-        _check_header(path)
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            stored = (file.metadata() or {}).get("minibert.sha256")
+        file = stack.enter_context(path.open("rb", buffering=0))
+        start, header = _header(file)
+        with safe_open(path, framework="pt"):
+            metadata = header.pop("__metadata__", {})
+            return {
+                name: Stored(
+                    *(file, path, name, part["dtype"], tuple(part["shape"])),
+                    start + part["data_offsets"][0],
+                )
+                for name, part in header.items()
+            }, metadata
     except Exception as error:  # of the library's own, and what torch says to sizes and dtypes
         raise MinibertError(
             f"{path}: damaged or not a safetensors file ({error}): fetch or save it again"
         ) from None
-    if stored is not None and stored != _digest(tensors):
-        raise MinibertError(
-            f"{path}: the tensors do not match the hash they were saved with: "
-            "the file is damaged, fetch or save it again"
-        )
-    canonical = {_canonical(name): tensor for name, tensor in tensors.items()}
-    if len(canonical) < len(tensors):
-        twice = next(name for name in tensors if _canonical(name) != name)
-        raise MinibertError(
-            f"{path}: {twice} and {_canonical(twice)} name the same tensor: fetch or save it again"
-        )
-    return canonical
 
 
-def _check_header(path: Path) -> None:
-    """Check what safetensors does not: the header's size, and names that repeat or are paths.
+def _header(file: BinaryIO) -> tuple[int, dict]:
+    """Where the tensors begin, and the header; checks what safetensors does not.
 
-    The library checks that dtypes, shapes and offsets agree, and that the tensors fill the file
-    without overlap.
+    That is the header's size, and names that repeat or are paths.
 
     Raises:
         ValueError, OSError, MinibertError: the header is wrong.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > HEADER_BYTES:
-            raise ValueError(f"a header of {length} bytes, more than {HEADER_BYTES}")
-        header = parse_json(file.read(length).decode(), "its header")
+    length = int.from_bytes(file.read(8), "little")
+    if length > HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes, more than {HEADER_BYTES}")
+    header = parse_json(file.read(length).decode(), "its header")
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     for name in header:
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a tensor name")
+    return 8 + length, header
 
 
 def _canonical(name: str) -> str:
@@ -149,10 +291,11 @@ def _canonical(name: str) -> str:
     return name
 
 
-def save(model: nn.Module, path: Path) -> None:
+def save(model: nn.Module, path: Path, heads: int) -> None:
     """Write the parameters under their checkpoint names, atomically.
 
-    The metadata contains a hash of the tensors, so that a flipped bit is found on loading.
+    The metadata contains a hash of the tensors, so that a flipped bit is found on loading, and the
+    number of attention heads.
 
     Raises:
         MinibertError: the directory cannot be written or the disk is full.
@@ -162,7 +305,8 @@ def save(model: nn.Module, path: Path) -> None:
         for ours, theirs in sorted(names_of(model).items(), key=lambda names: names[1])
     }
     with replacing(path) as temporary:
-        write(temporary, tensors, {"format": "pt", "minibert.sha256": _digest(tensors)})
+        metadata = {"format": "pt", "minibert.sha256": _digest(tensors), HEADS: str(heads)}
+        write(temporary, tensors, metadata)
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -192,10 +336,13 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(_bytes(tensor))
+        _update(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    digest.update(_bytes(tensor))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -146,9 +146,10 @@ def identity(
     if options.graphs:
         values["CUDA graphs"] = "on"
     values[SETTINGS] = "absent"
-    for name in MODEL_FILES:
-        if (directory / name).is_file():
-            values[f"the model's {name}"] = sha256_of(directory / name)
+    files = [directory / name for name in MODEL_FILES]
+    for path in dict.fromkeys([*files, *weights.files_of(directory / weights.WEIGHTS)]):
+        if path.is_file():
+            values[f"the model's {path.name}"] = sha256_of(path)
     for name, part in parts.items():
         content = json.dumps([(s.words, s.tags) for s in part.sentences])
         values[f"the {name} data"] = hashlib.sha256(content.encode()).hexdigest()

@@ -107,7 +107,8 @@ def compare(
 
 def _model_class(directory: Path) -> type[BertWithHead]:
     """The model class of the head in the file; token classification if it has none."""
-    held = weights.read(directory / weights.WEIGHTS).keys()
+    with weights.opened(directory / weights.WEIGHTS) as checkpoint:
+        held = checkpoint.tensors
     masked = "classifier.weight" not in held and "cls.predictions.transform.dense.weight" in held
     return BertForMaskedLM if masked else BertForTokenClassification
 
