@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,6 +239,40 @@ def test_written_probs_weight_the_values(name: str) -> None:
         net(**batch)
     mean = t["layers.0.v"].mean(1, keepdim=True).expand_as(t["layers.0.v"])
     torch.testing.assert_close(t["layers.0.context"], mean)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_a_trace_acts_in_its_own_thread_only(attn: str) -> None:
+    """Two threads trace the model with other writes, and end in the order in which they began."""
+    net, batch = small_bert(attn=attn), inputs("padded")
+    expected, before = net(**batch).logits, snapshot(net)
+
+    def zeroed(name: str):
+        return minibert.trace(net, {name: torch.zeros_like})
+
+    with zeroed("layers.0.probs"):
+        alone = [net(**batch).logits]
+    with zeroed("layers.1.context"):
+        alone.append(net(**batch).logits)
+    with ThreadPoolExecutor(1) as other:
+
+        def there(call, *arguments):
+            return other.submit(call, *arguments).result()
+
+        with zeroed("layers.0.probs") as mine:
+            theirs = zeroed("layers.1.context")
+            their = there(theirs.__enter__)
+            assert torch.equal(there(lambda: net(**batch).logits), alone[1])
+            assert not list(mine), "another thread's call was recorded"
+            assert torch.equal(net(**batch).logits, alone[0])
+            assert torch.equal(their["logits"], alone[1])
+            assert torch.equal(mine["logits"], alone[0])
+        assert torch.equal(net(**batch).logits, expected)
+        assert torch.equal(there(lambda: net(**batch).logits), alone[1])
+        there(theirs.__exit__, None, None, None)
+        assert torch.equal(there(lambda: net(**batch).logits), expected)
+    assert not torch.equal(alone[0], alone[1])
+    assert snapshot(net) == before
 
 
 def test_mistakes_are_named() -> None:

@@ -13,14 +13,16 @@
         logits = model(input_ids, attention_mask).logits
 
 intermediates.py has the table of the names. The model knows nothing of tracing: hooks record it.
-They are removed when the block ends, also after an error. Only attention is wrapped, because hooks
-cannot see inside it.
+They are removed when the block ends, also after an error. Only attention and the add-norm are
+wrapped, because hooks cannot see inside them. A trace acts in the thread that began it: what other
+threads compute with the same model at the same time is neither recorded nor changed.
 
 Shape legend: model/layout.py.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -45,6 +47,7 @@ class Trace:
     """What the latest call of a traced model computed, by name."""
 
     def __init__(self, writes: Mapping[str, Write], classes: str):
+        self._thread = threading.get_ident()
         self._writes = writes
         self._classes = classes  # the axis of the logits
         self._layout: Layout | None = None
@@ -92,6 +95,11 @@ class Trace:
     def __repr__(self) -> str:
         return "\n".join(f"{name:28} {self.axes(name):5} {_shape(self[name])}" for name in self)
 
+    @property
+    def _acts(self) -> bool:
+        """Whether this is the thread of the trace."""
+        return threading.get_ident() == self._thread
+
     def _start(self, layout: Layout) -> None:
         self._layout = layout
         self._seen = {}
@@ -119,7 +127,7 @@ class Trace:
 
 @contextmanager
 def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Iterator[Trace]:
-    """Record every call of ``model`` inside the block, and replace intermediates.
+    """Record this thread's calls of ``model`` inside the block, and replace intermediates.
 
     The recorded tensors belong to the autograd graph: ``detach()`` those that you keep.
 
@@ -149,14 +157,20 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
     with ExitStack() as undo:
 
         def on_output(module: nn.Module, name: str) -> None:
-            hook = module.register_forward_hook(lambda _m, _args, out: t._see(name, out))
+            hook = module.register_forward_hook(
+                lambda _m, _args, out: t._see(name, out) if t._acts else None
+            )
             undo.callback(hook.remove)
 
         def on_input(module: nn.Module, name: str) -> None:
-            hook = module.register_forward_pre_hook(lambda _m, args: (t._see(name, args[0]),))
+            hook = module.register_forward_pre_hook(
+                lambda _m, args: (t._see(name, args[0]),) if t._acts else None
+            )
             undo.callback(hook.remove)
 
-        start = model.bert.register_forward_pre_hook(lambda _m, args: t._start(args[2]))
+        start = model.bert.register_forward_pre_hook(
+            lambda _m, args: t._start(args[2]) if t._acts else None
+        )
         undo.callback(start.remove)
         on_input(model.bert.embeddings.norm, "embeddings.sum")
         on_output(model.bert.embeddings, "embeddings")
@@ -167,12 +181,9 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
                     "model with from_pretrained, or the Tagger with prepack=False"
                 )
             prefix = f"layers.{i}."
-            attend = layer.attention.attend
-            undo.callback(setattr, layer.attention, "attend", attend)
-            layer.attention.attend = partial(_attend, t, prefix, attend)
+            undo.enter_context(_wrapped(layer.attention, "attend", t, partial(_attend, t, prefix)))
             # The fused add-norm does not call the LayerNorm module, so hooks would not see it.
-            undo.callback(setattr, layer, "add_norm", layer.add_norm)
-            layer.add_norm = encoder.add_norm
+            undo.enter_context(_wrapped(layer, "add_norm", t, lambda _, *x: encoder.add_norm(*x)))
             on_output(layer.attention.output, prefix + "attention_output")
             on_output(layer.attention_norm, prefix + "attention_norm")
             on_output(layer.feed_forward.up, prefix + "pre_gelu")
@@ -181,6 +192,49 @@ def trace(model: BertWithHead, writes: Mapping[str, Write] | None = None) -> Ite
             on_output(layer.feed_forward_norm, prefix + "ffn_norm")
         on_output(model.head, "logits")
         yield t
+
+
+class _Wrapped:
+    """A function of a module, and the traces that change it, each in its own thread."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.changes: list[tuple[Trace, Callable]] = []  # the latest last
+
+    def __call__(self, *arguments):
+        function = self.function
+        for t, change in tuple(self.changes):
+            if t._acts:
+                function = partial(change, function)
+        return function(*arguments)
+
+
+_LOCK = threading.Lock()  # traces in several threads may begin and end in any order
+
+
+@contextmanager
+def _wrapped(module: nn.Module, name: str, t: Trace, change: Callable) -> Iterator[None]:
+    """Inside the block, in the trace's thread, call ``change(function, ...)`` for a function.
+
+    Args:
+        module: has the function.
+        name: of its attribute.
+        t: the trace.
+        change: takes the function and its arguments.
+    """
+    with _LOCK:
+        function = getattr(module, name)
+        if not isinstance(function, _Wrapped):
+            function = _Wrapped(function)
+            setattr(module, name, function)
+        function.changes.append((t, change))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            function.changes.remove((t, change))
+            if not function.changes:
+                setattr(module, name, function.function)
 
 
 def _attend(
