@@ -162,7 +162,7 @@ def test_labels_that_are_not_bio_are_refused(folder: Path) -> None:
             "max_position_embeddings is 2: a text needs at least 3",
         ),
     ):
-        tagger.model.config = BertConfig(**(vars(BertConfig()) | {"vocab_size": 999} | change))
+        tagger.model.config = BertConfig(**(vars(BertConfig()) | {"vocab_size": 99} | change))
         with pytest.raises(MinibertError, match=message):
             Tagger(tagger.model, tagger.tokenizer)
 
@@ -228,7 +228,7 @@ def test_a_header_longer_than_the_file_is_not_read(folder: Path, claim: int) -> 
     path = folder / "model.safetensors"
     repacked(path, {"a": tensor(0, 16)}, bytes(16), claim)
     with pytest.raises(MinibertError, match=f"a header of {claim} bytes, more than"):
-        weights.read(path)
+        weights.opened(path).__enter__()
 
 
 def test_a_config_larger_than_the_weights_takes_no_memory(folder: Path) -> None:
@@ -294,6 +294,11 @@ def test_invalid_vocabularies_are_refused(folder: Path, change, message: str) ->
         (("normalizer",), {"type": "NFC"}, "has NFC where a BERT has BertNormalizer"),
         (("pre_tokenizer",), {"type": "Whitespace"}, "has Whitespace where a BERT has BertPre"),
         (("model", "max_input_chars_per_word"), 10**9, "max_input_chars_per_word is 1000000000"),
+        (("model", "max_input_chars_per_word"), 0, "max_input_chars_per_word is 0: use the 100"),
+        (("model", "continuing_subword_prefix"), "", "continuing_subword_prefix is '': use the ##"),
+        (("model", "continuing_subword_prefix"), "@@", "continuing_subword_prefix is '@@'"),
+        (("post_processor",), None, r"does not write \[CLS\] before"),
+        (("post_processor", "cls"), ["[MASK]", 4], r"does not write \[CLS\] before"),
         (("model", "unk_token"), "who", "unk_token is 'who'"),
         (("model", "vocab", "who"), 10**9, r"has \d+ pieces, but numbers them up to 1000000000"),
         (("model", "vocab"), {}, "where a BERT|lacks|numbers|unk_token"),

@@ -214,7 +214,7 @@ def test_other_arguments_are_refused_by_name(files: Path, tmp_path: Path) -> Non
     (other / "model" / "vocab.txt").write_text("\n".join([*pieces[:-1], "another"]) + "\n")
     cased = tmp_path / "cased"
     shutil.copytree(files / "model", cased / "model")
-    (cased / "model" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    (cased / "model" / "tokenizer_config.json").write_text('{"model_max_length": 9}')
     same = [files, files / "train.bio"]
     for changed, message in (
         ([*same, "--lr", "1e-4"], "lr was 0.0003 and is 0.0001"),

@@ -13,6 +13,8 @@ from minibert.files import MinibertError, read_json, read_text, write_text
 if TYPE_CHECKING:
     import tokenizers
 
+MOST_PADDING = 512  # a model embeds fewer rows than this beyond its tokenizer's pieces
+
 
 class Tokenizer:
     """A WordPiece tokenizer (Devlin et al. 2019, section 3), cased or uncased as it was trained.
@@ -37,10 +39,15 @@ class Tokenizer:
                     f"{source}: has {type(part).__name__} where a BERT has {kind}: "
                     "use the tokenizer of a BERT"
                 )
-        if backend.model.max_input_chars_per_word > 1000:  # time is quadratic in it
+        if not 0 < backend.model.max_input_chars_per_word <= 1000:  # time is quadratic in it
             raise MinibertError(
                 f"{source}: max_input_chars_per_word is {backend.model.max_input_chars_per_word}: "
                 "use the 100 of BERT"
+            )
+        if backend.model.continuing_subword_prefix != "##":
+            raise MinibertError(
+                f"{source}: continuing_subword_prefix is "
+                f"{backend.model.continuing_subword_prefix!r}: use the ## of BERT"
             )
         for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
             if name not in ids:
@@ -55,8 +62,16 @@ class Tokenizer:
                 f"{source}: has {len(ids)} pieces, but numbers them up to {max(ids.values())}: "
                 "fetch the file again"
             )
+        with _refusing(source):
+            bare, framed = (backend.encode("a", add_special_tokens=x).ids for x in (False, True))
+        if framed != [ids["[CLS]"], *bare, ids["[SEP]"]]:
+            raise MinibertError(
+                f"{source}: its post_processor does not write [CLS] before a text and [SEP] after "
+                "it: use the tokenizer of a BERT"
+            )
         self.backend = backend
         self.lowercase = backend.normalizer.lowercase
+        self.source = source
         self.pad_id, self.unk_id = ids["[PAD]"], ids["[UNK]"]
         self.cls_id, self.sep_id, self.mask_id = ids["[CLS]"], ids["[SEP]"], ids["[MASK]"]
 
@@ -64,6 +79,20 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of word-pieces, including special ones."""
         return self.backend.get_vocab_size()
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Compare with the number of pieces that a model embeds.
+
+        It may be larger, because tables are padded to round sizes.
+
+        Raises:
+            MinibertError: the tokenizer cannot be the model's.
+        """
+        if not self.vocab_size <= vocab_size < self.vocab_size + MOST_PADDING:
+            raise MinibertError(
+                f"{self.source}: the tokenizer has {self.vocab_size} pieces, but the model embeds "
+                f"{vocab_size}: use the tokenizer files that belong to the weights"
+            )
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer:
@@ -92,7 +121,13 @@ class Tokenizer:
         if whole.is_file():
             with _refusing(whole):
                 backend = Backend.from_str(read_text(whole, "make it readable"))
-            return cls(backend, whole)
+            made = cls(backend, whole)
+            if made.lowercase != settings.get("do_lower_case", made.lowercase):
+                raise MinibertError(
+                    f"{settings_path}: do_lower_case is {lowercase}, but {whole.name} says "
+                    f"{made.lowercase}: fetch both again"
+                )
+            return made
         pieces = read_text(vocabulary, "name a directory with tokenizer.json or vocab.txt")
         ids: dict[str, int] = {}
         for i, piece in enumerate(pieces.rstrip("\n").split("\n")):

@@ -81,7 +81,9 @@ def verify(name: str, directory: Path) -> Iterator[Check]:
     yield Check(not body_missing, f"every tensor of the encoder is present{_list(body_missing)}")
     if name not in FILL_MASK:
         return  # no masked-LM head in the file, so no published scores
-    yield from check_scores(model, Tokenizer.from_pretrained(directory), FILL_MASK[name])
+    tokenizer = Tokenizer.from_pretrained(directory)
+    tokenizer.check_fits(model.config.vocab_size)
+    yield from check_scores(model, tokenizer, FILL_MASK[name])
 
 
 def check_scores(

@@ -76,11 +76,7 @@ class Tagger:
         well_formed: bool = True,
     ):
         config = model.config
-        if tokenizer.vocab_size > config.vocab_size:
-            raise MinibertError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces, but the model embeds "
-                f"{config.vocab_size}: use the tokenizer files that belong to the weights"
-            )
+        tokenizer.check_fits(config.vocab_size)
         for label in config.labels:
             if not TAG.fullmatch(label):
                 raise MinibertError(

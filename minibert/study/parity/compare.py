@@ -129,6 +129,7 @@ def batches(
             belong to the model.
     """
     config = model.config
+    tokenizer.check_fits(config.vocab_size)
     ids = [tokenizer.encode(text) for text in texts]
     if not ids:
         raise MinibertError("no text: give at least one")
@@ -137,11 +138,6 @@ def batches(
             raise MinibertError(
                 f"text {number}: {len(row)} word-pieces, but the model has "
                 f"{config.max_position_embeddings} positions: give a shorter one"
-            )
-        if max(row) >= config.vocab_size:
-            raise MinibertError(
-                f"text {number}: word-piece {max(row)}, but the model has {config.vocab_size}: "
-                "use the tokenizer that belongs to the model"
             )
     lengths = [len(row) for row in ids]
     mask_BS = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
