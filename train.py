@@ -28,7 +28,7 @@ from contextlib import redirect_stdout
 
 import torch
 
-from minibert.files import MinibertError
+from minibert.files import MinibertError, memory_faults
 from minibert.machine import choose_dtype, name_of
 from minibert.model.heads import BertForTokenClassification
 from minibert.pretrained import hub
@@ -159,9 +159,10 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
     try:
         device = own_device(options.device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        with connected(device, backend) as team, owned(options.output, team) as output:
-            with redirect_stdout(sys.stdout if team.is_writer else None):
-                return train(options, recipe, team, output)
+        with memory_faults(), connected(device, backend) as team:
+            with owned(options.output, team) as output:
+                with redirect_stdout(sys.stdout if team.is_writer else None):
+                    return train(options, recipe, team, output)
     except (MinibertError, OSError, KeyboardInterrupt) as problem:
         return status_of(problem, program)
 

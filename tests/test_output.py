@@ -43,6 +43,18 @@ def test_a_shorter_recipe_does_not_replace_an_unfinished_run(files: Path, tmp_pa
     assert tree(output) == before
 
 
+def test_a_lack_of_memory_is_one_line(files: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Of train.py itself, without the command line of minibert around it."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    loop = importlib.import_module("train")
+    monkeypatch.setattr(loop, "train", refuse)
+    assert loop.main([str(x) for x in arguments(files, tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("train.py: out of memory (DefaultCPUAllocator: can't")
+
+
 def test_an_unreadable_checkpoint_stops_and_renames_nothing(files: Path, tmp_path: Path) -> None:
     output = stopped(files, tmp_path / "run")
     newest = list_of(output / "checkpoints")[-1] / TENSORS

@@ -82,5 +82,7 @@ def entities(words: Words, labels: Sequence[Label]) -> list[Entity]:
     for type_, first, stop in lenient_entities([label.name for label in labels]):
         start_char, stop_char = words.spans[first][0], words.spans[stop - 1][1]
         score = sum(label.score for label in labels[first:stop]) / (stop - first)
-        found.append(Entity(words.text[start_char:stop_char], type_, start_char, stop_char, score))
+        text = words.text[start_char:stop_char]
+        if text.strip():  # a word given to tag_words may be empty
+            found.append(Entity(text, type_, start_char, stop_char, score))
     return found
