@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 from minibert.files import MinibertError
+
+# OpenMP's threads are not in a child that is forked; it would wait for them for ever.
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

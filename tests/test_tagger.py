@@ -152,6 +152,42 @@ def test_entities_from_labels() -> None:
     assert join(["a", "bc"]) == Words("a bc", ["a", "bc"], [(0, 1), (2, 4)])
 
 
+def test_text_without_words_has_no_entity(directory: Path, tagger: Tagger) -> None:
+    """Even where every label is that of an entity."""
+    tagger = Tagger.from_pretrained(directory, dtype="fp32")
+    entity = tagger.labels.index(next(x for x in tagger.labels if x.startswith("B-")))
+    tagger.model.head.classifier.weight.data.zero_()
+    tagger.model.head.classifier.bias.data[entity] += 100
+    assert [e.text for e in tagger("who")] == ["who"]
+    assert tagger(["", " ", "\t\u3000\n"]) == [[], [], []]
+    assert list(tagger.tag_words([[], [""], [" ", ""]])) == [[], [], []]
+    assert [e.text for e in next(tagger.tag_words([["", "who", ""]]))] == ["who"]
+
+
+def test_another_models_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
+    """Tables of embeddings may have rows to spare: they are padded to round sizes."""
+    tagger = Tagger.from_pretrained(directory, prepack=False)
+    pieces = tagger.tokenizer.vocab_size
+    for V, fits in (
+        (pieces - 1, False),
+        (pieces, True),
+        (pieces + 127, True),
+        (pieces + 512, False),
+    ):
+        tagger.model.config = replace(tagger.model.config, vocab_size=V, pad_token_id=0)
+        if fits:
+            Tagger(tagger.model, tagger.tokenizer)
+            continue
+        with pytest.raises(MinibertError, match=f"has {pieces} pieces, but the model embeds {V}"):
+            Tagger(tagger.model, tagger.tokenizer)
+    tagger.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    with pytest.raises(
+        MinibertError, match=r"do_lower_case is False, but tokenizer.json says True"
+    ):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_evaluation_agrees_with_labels(tagger: Tagger) -> None:
     report = evaluate(tagger, TEST[:50], "demo")
     predicted = [names(x) for x in tagger.label(s.words for s in TEST[:50])]

@@ -13,6 +13,7 @@ their last bits differ; they cannot be trained, saved or traced. Shape legend: s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -58,6 +59,10 @@ class BlockedLinear:
         by_mkl = AVX2 and weight_OI.dtype == torch.float32 and torch.backends.mkl.is_available()
         self.plain_OI = weight_OI.detach() if by_mkl else None
 
+    def __reduce__(self) -> tuple:
+        """Copy and pickle as the plain weight: packed memory has a format of this CPU."""
+        return type(self), (self.blocks.to_dense(), self.bias_O)
+
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
         if self.plain_OI is not None and len(x_NI) >= MANY_ROWS:
@@ -100,6 +105,10 @@ class HalfLinear:
         if largest > torch.finfo(torch.float16).max:
             raise ValueError(f"a weight of {largest:g} is too large for fp16")
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight_OI.detach(), bias_O.detach())
+
+    def __reduce__(self) -> tuple:
+        """Copy and pickle as the plain weight, of which nothing more is rounded."""
+        return type(self), torch.ops.quantized.linear_unpack_fp16(self.packed)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
@@ -207,6 +216,22 @@ class PrepackedLayer(nn.Module):
         x_ND = self.feed_forward_norm(self.down.plus(self.up.gelu(x_ND), x_ND))
         return x_ND, probs
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrepackedLayer:
+        """What ``to``, ``half``, ``cuda`` and the like call on every module.
+
+        Raises:
+            ValueError: the packed weights would have to change.
+        """
+        before = self.attention_norm.weight
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise ValueError(
+                f"prepacked weights cannot change from {before.dtype} on {before.device} to "
+                f"{after.dtype} on {after.device}: load the Tagger with that dtype and device, or "
+                "with prepack=False"
+            )
+        return super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> PrepackedLayer:
         """Only eval mode.
 
@@ -233,3 +258,7 @@ def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
         layer = layers[i]
         assert isinstance(layer, EncoderLayer)
         layers[i] = PrepackedLayer(layer, linear)
+    # The last to be converted: an error of the layers then leaves the whole model as it was.
+    embeddings = model.bert.embeddings
+    del model.bert.embeddings
+    model.bert.embeddings = embeddings

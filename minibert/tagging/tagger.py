@@ -245,7 +245,8 @@ class Tagger:
         return read
 
     def _scores(self, batch: Batch) -> Scores:
-        logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
+        with torch.autocast(self.model.device.type, enabled=False):  # the model has its dtype
+            logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
         scores_WL = logits[batch.first_W].float()
         if not scores_WL.is_cuda:
             return Scores(scores_WL, logits.dtype)

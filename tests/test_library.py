@@ -1,0 +1,107 @@
+"""minibert inside another program: copies, casts, autocast, inference mode, threads and forks."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz
+import pytest
+import torch
+from builders import small_checkpoint
+
+from minibert import BertForTokenClassification, Tagger
+
+TEXTS = ["who directed jaws", "", "a movie with mel gibson ?", "who " * 40]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("library")
+    return small_checkpoint(made, words=fuzz.WORDS, max_position_embeddings=32, noise=0.4)
+
+
+@pytest.fixture(params=["auto", "fp32", "plain"])
+def tagger(request: pytest.FixtureRequest, folder: Path) -> Tagger:
+    plain = request.param == "plain"
+    return Tagger.from_pretrained(
+        folder, dtype="fp32" if plain else request.param, prepack=not plain
+    )
+
+
+def test_a_tagger_can_be_copied_and_pickled(tagger: Tagger) -> None:
+    expected = tagger(TEXTS)
+    assert any(expected)
+    for another in (copy.deepcopy(tagger), pickle.loads(pickle.dumps(tagger))):
+        assert another(TEXTS) == expected
+        another.model.head.classifier.bias.data += torch.randn_like(
+            another.model.head.classifier.bias
+        )
+        assert another(TEXTS) != expected
+        assert tagger(TEXTS) == expected
+
+
+@pytest.mark.parametrize("cast", ["half", "double", "bfloat16", "meta"])
+def test_prepacked_weights_are_not_cast(folder: Path, cast: str) -> None:
+    """The error comes before anything is cast."""
+    tagger = Tagger.from_pretrained(folder, dtype="fp32")
+    expected = tagger(TEXTS)
+    with pytest.raises(ValueError, match="prepacked weights cannot change from torch"):
+        tagger.model.to("meta") if cast == "meta" else getattr(tagger.model, cast)()
+    tagger.model.to("cpu", torch.float32).float().requires_grad_(False)
+    assert tagger(TEXTS) == expected
+
+
+def test_autocast_around_a_tagger_changes_nothing(tagger: Tagger) -> None:
+    expected = tagger(TEXTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tagger(TEXTS) == expected
+
+
+def test_a_model_loaded_in_inference_mode_trains(folder: Path) -> None:
+    with torch.inference_mode():
+        model = BertForTokenClassification.from_pretrained(folder, labels="abcde", seed=0)
+    ids = torch.tensor([[2, 20, 3]])
+    loss = model.train()(ids, labels=torch.tensor([[0, 1, 2]])).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+FORKED = """
+import os, signal, sys, torch
+from minibert import Tagger
+torch.set_num_threads(2)
+tagger = Tagger.from_pretrained(sys.argv[1], dtype=sys.argv[2])
+texts = ["who directed jaws with mel gibson " * 3] * 300
+expected = tagger(texts)
+child = os.fork()
+if not child:
+    os._exit(0 if tagger(texts) == expected else 3)
+print(child, flush=True)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_a_fork_after_use_tags(folder: Path, dtype: str) -> None:
+    """OpenMP's second thread is not in the child."""
+    environment = os.environ | fuzz.ENVIRONMENT | {"OMP_NUM_THREADS": "2"}
+    running = subprocess.Popen(
+        [sys.executable, "-c", FORKED, folder, dtype],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = running.communicate(timeout=120)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    assert printed.split()[1:] == ["0", "2"]
