@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from minibert import BertConfig, Tagger, Tokenizer
 from minibert.files import LINE, MinibertError, parse_json
-from minibert.model.config import MOST
 from minibert.pretrained import config_json, weights
+from minibert.pretrained.config_json import MOST
 
 
 @pytest.fixture

@@ -34,15 +34,9 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, Layout, float], Attended]
 def eager(
     q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, layout: Layout, dropout_p: float
 ) -> Attended:
-    """Scores, softmax and weighted sum written out.
+    """Scores, softmax and weighted sum written out, for any floating dtype and stride over N.
 
-    Args:
-        q_NHK, k_NHK, v_NHK: (N, H, K), any floating dtype, any stride over N.
-        layout: where the sentences lie.
-        dropout_p: probability of dropping an attention weight; 0 outside training.
-
-    Returns:
-        Context (N, H, K) and the attention maps.
+    ``dropout_p`` is the probability of dropping an attention weight, 0 outside training.
     """
     contexts, probs = [], []
     for block, q_BHSK, k_BHSK, v_BHSK in rectangles(layout, q_NHK, k_NHK, v_NHK):

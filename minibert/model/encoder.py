@@ -44,11 +44,7 @@ IMPLEMENTATIONS = {
 
 
 def implementation(name: str) -> Implementation:
-    """The implementation of that name.
-
-    Raises:
-        ValueError: none is registered.
-    """
+    """The implementation of that name, a ValueError if there is none."""
     if name not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attn_implementation={name!r} is not registered: choose one of {known}")

@@ -10,7 +10,6 @@ Class and argument names are those of transformers. Shape legend: see layout.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.model.config import BertConfig
+from minibert.model.crf import Chain, pack
 from minibert.model.encoder import Bert, implementation, initialise
-from minibert.model.labels import IGNORE, best_labels
+from minibert.model.labels import IGNORE, best_labels, well_formed_chain
 from minibert.model.layout import Layout, Packed, Padded
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
+
+    from minibert.pretrained import load
 
 
 class Head(nn.Module):
@@ -54,20 +56,47 @@ class TokenClassificationHead(Head):
     def decode(self, scores_WL: Tensor, well_formed: bool = True) -> tuple[list[int], list[float]]:
         """The labels of one sentence, and the probability of each.
 
-        Args:
-            scores_WL: of every word's first piece, float32, on the CPU; at least one word.
-            well_formed: the most probable well-formed BIO sequence, not each word's best label.
+        Scores are those of every word's first piece, float32, on the CPU; at least one word.
+        ``well_formed`` takes the best BIO sequence, not each word's best label.
         """
         logp_WL = scores_WL.log_softmax(-1)
         ids = best_labels(logp_WL, self.labels) if well_formed else logp_WL.argmax(-1).tolist()
         return ids, logp_WL[range(len(ids)), ids].exp().tolist()
 
 
-class MaskedLMHead(Head):
-    """A word-piece for every token, as BERT was pretrained (Devlin et al. 2019, section 3.1).
+class CRFHead(TokenClassificationHead):
+    """The same scores, and a chain of labels over the words of a sentence (crf.py)."""
 
-    The output layer is the table of word embeddings.
-    """
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        L = config.num_labels
+        self.crf = Chain(torch.zeros(L), torch.zeros(L, L), torch.zeros(L))
+
+    def loss(self, scores_NC: Tensor, labels_N: Tensor, layout: Layout) -> Tensor:
+        """-log p(labels) per word: a scalar."""
+        word_N = labels_N != IGNORE
+        counts = [int(part.sum()) for part in word_N.cpu().split(layout.lengths)]
+        scores = pack(scores_NC[word_N].to(self.crf.start_L.dtype), counts)
+        return self.crf.loss(scores, pack(labels_N[word_N], counts)).sum() / sum(counts)
+
+    @torch.inference_mode(False)  # probabilities are gradients
+    def decode(self, scores_WL: Tensor, well_formed: bool = True) -> tuple[list[int], list[float]]:
+        """The most probable sequence, and the probability of each of its labels."""
+        weights = [weight.detach().float().cpu() for weight in self.crf.parameters()]
+        if well_formed:
+            rules = well_formed_chain(self.labels).parameters()
+            weights = [weight + rule for weight, rule in zip(weights, rules)]
+        chain = Chain(*weights)
+        scores = pack(scores_WL, [len(scores_WL)])
+        ids = chain.best(scores).data.tolist()
+        return ids, chain.probabilities(scores).data[range(len(ids)), ids].tolist()
+
+
+TOKEN_HEADS = {"linear": TokenClassificationHead, "crf": CRFHead}  # by config.head
+
+
+class MaskedLMHead(Head):
+    """A word-piece for every token, by the table of word embeddings (Devlin et al. 2019, 3.1)."""
 
     def __init__(self, config: BertConfig, word: nn.Embedding):
         super().__init__()
@@ -85,10 +114,7 @@ class MaskedLMHead(Head):
 
 @dataclass(eq=False)
 class BertOutput:
-    """The output of a model with a head, named as in transformers.
-
-    The leading axes are (B, S) for a padded batch, (N,) for a packed one.
-    """
+    """Named as in transformers; leading axes (B, S) of a padded batch, (N,) of a packed one."""
 
     logits: Tensor
     loss: Tensor | None = None  # scalar
@@ -110,54 +136,23 @@ class BertWithHead(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Of the parameters."""
         return self.bert.embeddings.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
+        """Of the parameters."""
         return self.bert.embeddings.norm.weight.dtype
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_dir: str | Path,
-        *,
-        labels: Sequence[str] | None = None,
-        num_labels: int | None = None,
-        attn_implementation: str = "sdpa",
-        dtype: str | torch.dtype = "fp32",
-        device: torch.device | str = "cpu",
-        seed: int | None = None,
-    ) -> Self:
-        """Load a checkpoint. Parameters that it lacks, such as a new classifier, are initialised.
-
-        Args:
-            name_or_dir: a directory with config.json and model.safetensors, or a registry name.
-            labels: names of the classes, or ``num_labels``; default: those of config.json.
-            attn_implementation: "eager", "sdpa", "fused", or "auto": fused if it runs, else sdpa.
-            dtype: of the parameters: "fp32", "bf16", "fp16", "auto" or a torch.dtype.
-            device: of the parameters.
-            seed: for the missing parameters; None draws from the generator's current state.
-
-        Returns:
-            The model in eval mode, with a ``load_report`` of what was unused and what is new.
-
-        Raises:
-            MinibertError: a file is missing, damaged or does not fit; "fused" cannot run here.
-            ValueError: arguments that contradict each other.
-        """
+    def from_pretrained(cls, name_or_dir: str | Path, **options: Unpack[load.Options]) -> Self:
+        """Load a checkpoint; ``minibert.pretrained.load.model`` explains the options."""
         from minibert.pretrained import load  # the only way up from this folder: to the disk
 
-        attn = attn_implementation
-        return load.model(cls, name_or_dir, labels, num_labels, attn, dtype, device, seed)
+        return load.model(cls, name_or_dir, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, which transformers opens as they are.
-
-        Raises:
-            MinibertError: the directory cannot be written or the disk is full.
-        """
+        """Write config.json and model.safetensors, which transformers opens as they are."""
         from minibert.pretrained import load
 
         load.save(self, Path(directory))
@@ -185,15 +180,12 @@ class BertWithHead(nn.Module):
             output_attentions: also return the attention maps; eager only.
 
         Raises:
-            ValueError: shapes that do not fit together, a sentence longer than the model has
-                positions, or attention maps from an implementation that keeps none.
+            ValueError: arguments that do not fit together or to the model.
         """
         batch = self._layout(input_ids, attention_mask, layout)
         if output_attentions and self.attn_implementation != "eager":
-            raise ValueError(
-                f"attn_implementation={self.attn_implementation!r} keeps no attention maps: "
-                'load the model with attn_implementation="eager" for output_attentions=True'
-            )
+            kept = f"{self.attn_implementation!r} keeps no attention maps"
+            raise ValueError(f'{kept}: load the model with attn_implementation="eager"')
         for name, x in (("token_type_ids", token_type_ids), ("labels", labels)):
             if x is not None and x.shape != input_ids.shape:
                 shapes = f"{tuple(x.shape)}, but input_ids has {tuple(input_ids.shape)}"
@@ -212,22 +204,16 @@ class BertWithHead(nn.Module):
     def _layout(self, input_ids: Tensor, mask: Tensor | None, packed: Packed | None) -> Layout:
         shape = tuple(input_ids.shape)
         if packed is None and len(shape) != 2:
-            raise ValueError(
-                f"input_ids has shape {shape}: give (B, S), "
-                "or (N,) together with layout=Packed.from_lengths(...)"
-            )
+            raise ValueError(f"input_ids has shape {shape}: give (B, S), or (N,) with a layout")
         if packed is not None and mask is not None:
             raise ValueError("a packed batch has no padding: attention_mask must be None")
-        if packed is not None and shape != (sum(packed.lengths),):
-            tokens = sum(packed.lengths)
+        if packed is not None and shape != ((tokens := sum(packed.lengths)),):
             raise ValueError(f"input_ids has shape {shape}, but the layout holds {tokens} tokens")
         layout = packed or Padded.from_mask(input_ids, mask)
         limit = self.config.max_position_embeddings
         if layout.max_length > limit:
-            raise ValueError(
-                f"a sentence of {layout.max_length} tokens, but the model has {limit} positions: "
-                "cut it into windows, as minibert.Tagger does"
-            )
+            size = f"a sentence of {layout.max_length} tokens, but the model has {limit} positions"
+            raise ValueError(f"{size}: cut it into windows, as minibert.Tagger does")
         return layout
 
 
@@ -238,7 +224,7 @@ class BertForTokenClassification(BertWithHead):
 
     def __init__(self, config: BertConfig, attn_implementation: str = "sdpa"):
         super().__init__(config, attn_implementation)
-        self.head = TokenClassificationHead(config)
+        self.head = TOKEN_HEADS[config.head](config)
 
 
 class BertForMaskedLM(BertWithHead):

@@ -1,7 +1,7 @@
 """BIO labels: which may follow which, and the most probable sequence that obeys.
 
 A linear head judges every word alone: an I-TITLE may follow an O. ``best_labels`` finds the most
-probable well-formed sequence from its log-probabilities, by Viterbi's algorithm (1967).
+probable well-formed sequence from its log-probabilities (Viterbi's algorithm, crf.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from minibert.model.crf import Chain, pack
 
 IGNORE = -100  # the label of a token that does not count in the loss
 TAG = re.compile(r"O|[BI]-\S+")
@@ -24,36 +26,23 @@ def may_follow(label: str, previous: str, names: Collection[str] | None = None) 
 
 
 @lru_cache(maxsize=8)
-def _forbidden(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """(L, L) bool: the label of the column may not follow that of the row; (L,): nor start."""
+def well_formed_chain(names: tuple[str, ...]) -> Chain:
+    """Scores 0 for every well-formed sequence and -inf for any other."""
     known = set(names)
-    follow_LL = torch.tensor([[not may_follow(b, a, known) for b in names] for a in names])
-    return follow_LL, torch.tensor([not may_follow(b, "O", known) for b in names])
+
+    def weight(label: str, previous: str) -> float:
+        return 0.0 if may_follow(label, previous, known) else -torch.inf
+
+    with torch.inference_mode(False):
+        start_L = torch.tensor([weight(label, "O") for label in names])
+        transition_LL = torch.tensor([[weight(b, a) for b in names] for a in names])
+        return Chain(start_L, transition_LL, torch.zeros(len(names)))
 
 
 def best_labels(logp_WL: Tensor, names: Sequence[str]) -> list[int]:
-    """The most probable well-formed labels of one sentence.
-
-    Args:
-        logp_WL: log-probabilities, (words, labels); at least one word.
-        names: "O", "B-TYPE" or "I-TYPE" of each label.
-
-    Returns:
-        A label id for every word.
-    """
+    """The ids of the most probable well-formed labels of one sentence, from log-probabilities."""
     best = logp_WL.argmax(-1).tolist()
     previous = ["O", *(names[i] for i in best)]
     if all(may_follow(names[i], before, names) for i, before in zip(best, previous)):
         return best  # no sequence is more probable than the best label of every word
-    forbidden_LL, forbidden_first_L = _forbidden(tuple(names))
-    score_L = logp_WL[0].masked_fill(forbidden_first_L, -torch.inf)
-    came_from = []
-    for logp_L in logp_WL[1:]:
-        into_LL = score_L[:, None].masked_fill(forbidden_LL, -torch.inf)  # from row to column
-        score_L, origin_L = into_LL.max(0)
-        score_L = score_L + logp_L
-        came_from.append(origin_L.tolist())
-    path = [int(score_L.argmax())]
-    for origin in reversed(came_from):
-        path.append(origin[path[-1]])
-    return path[::-1]
+    return well_formed_chain(tuple(names)).best(pack(logp_WL, [len(logp_WL)])).data.tolist()

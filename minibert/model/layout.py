@@ -38,16 +38,11 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """B sentences of S tokens each, padding included. Build with ``from_mask``.
+    """B sentences of S tokens each, padding included. Build with ``from_mask``."""
 
-    Args:
-        rows, length: B and S.
-        valid_BS: (B, S) bool, True at real tokens; None when every position is one.
-    """
-
-    rows: int
-    length: int
-    valid_BS: Tensor | None = None
+    rows: int  # B
+    length: int  # S
+    valid_BS: Tensor | None = None  # bool, True at real tokens; None when every position is one
 
     @classmethod
     def from_mask(cls, input_ids: Tensor, attention_mask: Tensor | None) -> Padded:
@@ -55,18 +50,13 @@ class Padded:
 
         A mask that hides nothing becomes None, as in transformers: attention without a mask runs
         another kernel, whose last bits differ.
-
-        Raises:
-            ValueError: the mask is not (B, S).
         """
         rows, length = input_ids.shape
         if attention_mask is None:
             return cls(rows, length)
         if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, "
-                f"but input_ids has {(rows, length)}: they must be equal"
-            )
+            shapes = f"{tuple(attention_mask.shape)}, but input_ids has {(rows, length)}"
+            raise ValueError(f"attention_mask has shape {shapes}: they must be equal")
         valid_BS = attention_mask != 0
         return cls(rows, length, None if bool(valid_BS.all()) else valid_BS)
 
@@ -74,6 +64,11 @@ class Padded:
     def max_length(self) -> int:
         """Tokens of the longest row."""
         return self.length
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, padding included."""
+        return (self.length,) * self.rows
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -99,28 +94,17 @@ class Padded:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """B sentences end to end, no padding. Build with ``from_lengths``.
+    """B sentences end to end, no padding. Build with ``from_lengths``."""
 
-    Args:
-        lengths: tokens of each sentence, in memory order.
-        starts: (B + 1,) int32; sentence b holds tokens ``starts[b]:starts[b + 1]``
-            (the ``cu_seqlens`` of flash attention).
-        position_N: (N,) int64, each token's position in its sentence.
-    """
-
-    lengths: tuple[int, ...]
-    starts: Tensor
-    position_N: Tensor
+    lengths: tuple[int, ...]  # tokens of each sentence, in memory order
+    starts: Tensor  # (B + 1,) int32: sentence b holds tokens starts[b]:starts[b + 1] ("cu_seqlens")
+    position_N: Tensor  # int64, each token's position in its sentence
 
     @classmethod
     def from_lengths(
         cls, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> Packed:
-        """Layout of sentences of these lengths.
-
-        Raises:
-            ValueError: there is no sentence, or an empty one.
-        """
+        """Layout of sentences of these lengths, a ValueError if one is empty or there is none."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be positive and at least one, got {list(lengths)[:8]}")
         length_B = torch.tensor(lengths, dtype=torch.int32)

@@ -6,7 +6,21 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from minibert.files import MinibertError, read_json
-from minibert.model.config import MOST_LABELS, BertConfig, is_number
+from minibert.model.config import BertConfig
+from minibert.model.heads import TOKEN_HEADS
+
+# The largest value of each size, far above any BERT: a config.json that exceeds one is damaged, and
+# is refused before memory is allocated for it.
+MOST = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 100_000,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 10_000,
+    "intermediate_size": 1_000_000,
+    "max_position_embeddings": 1_000_000,
+    "type_vocab_size": 10_000,
+}
+MOST_LABELS = 100_000
 
 # The values that this model computes with. Any other is an error: if it were ignored, the weights
 # would load and the model would compute something other than what they were trained for.
@@ -47,17 +61,58 @@ def parse(raw: dict, source: Path | str = "config.json") -> BertConfig:
     if labels := _labels(raw, source):
         values["labels"] = labels
     try:
-        return BertConfig(**values)
+        return checked(BertConfig(**values))
     except ValueError as error:
         raise MinibertError(
             f"{source}: {error}: use the config.json that belongs to the weights"
         ) from None
 
 
+def checked(config: BertConfig) -> BertConfig:
+    """The same configuration.
+
+    Raises:
+        ValueError: a size below 1 or above its limit, a rate outside [0, 1), a hidden size that the
+            number of heads does not divide, labels that repeat, or an unknown head.
+    """
+    values = vars(config)
+    for name, most in MOST.items():
+        if not is_number(values[name], int) or not 1 <= values[name] <= most:
+            raise ValueError(f"{name} must be an integer from 1 to {most}, got {values[name]!r}")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        value = values[name]
+        is_default = name == "classifier_dropout" and value is None
+        if not is_default and not (is_number(value, int, float) and 0 <= value < 1):
+            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    for name in ("initializer_range", "layer_norm_eps"):
+        if not is_number(values[name], int, float) or not 0 < values[name] < 1:
+            raise ValueError(f"{name} must be in (0, 1), got {values[name]!r}")
+    D, H = config.hidden_size, config.num_attention_heads
+    if D % H:
+        raise ValueError(f"hidden_size {D} is not a multiple of num_attention_heads {H}")
+    pad, last = config.pad_token_id, config.vocab_size - 1
+    if not is_number(pad, int) or not 0 <= pad <= last:
+        raise ValueError(f"pad_token_id must be a vocabulary id, 0 to {last}, got {pad!r}")
+    if not 0 < len(config.labels) <= MOST_LABELS:
+        raise ValueError(f"labels must number 1 to {MOST_LABELS}, got {len(config.labels)}")
+    if len(set(config.labels)) != len(config.labels):
+        raise ValueError(f"labels must be distinct, got {config.labels!r}")
+    if not isinstance(config.head, str) or config.head not in TOKEN_HEADS:
+        raise ValueError(f"head must be one of {', '.join(TOKEN_HEADS)}, got {config.head!r}")
+    return config
+
+
+def is_number(value: object, *kinds: type) -> bool:
+    """Whether it is of one of these kinds; a bool, which Python counts as an int, is not."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 def to_dict(config: BertConfig, architecture: str) -> dict:
     """The dictionary of a ``config.json`` that transformers reads the same way."""
     raw = asdict(config)
     labels = raw.pop("labels")
+    if raw["head"] == "linear":
+        del raw["head"]  # transformers knows no other, and no such key
     return {
         "architectures": [architecture],
         **ONLY,

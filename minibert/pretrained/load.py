@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +45,49 @@ class LoadReport:
         return "\n".join(lines) or "every tensor used, none missing"
 
 
+class Options(TypedDict, total=False):
+    """The options of ``from_pretrained``, for type checkers; ``model`` explains them."""
+
+    labels: Sequence[str] | None
+    num_labels: int | None
+    head: str | None
+    attn_implementation: str
+    dtype: str | torch.dtype
+    device: torch.device | str
+    seed: int | None
+
+
 def model(
     kind: type[Model],
     name_or_dir: str | Path,
-    labels: Sequence[str] | None,
-    num_labels: int | None,
-    attn_implementation: str,
-    dtype: str | torch.dtype,
-    device: torch.device | str,
-    seed: int | None,
+    *,
+    labels: Sequence[str] | None = None,
+    num_labels: int | None = None,
+    head: str | None = None,
+    attn_implementation: str = "sdpa",
+    dtype: str | torch.dtype = "fp32",
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
 ) -> Model:
-    """See ``BertWithHead.from_pretrained``."""
+    """Load a checkpoint. Parameters that it lacks, such as a new classifier, are initialised.
+
+    Args:
+        kind: the class, BertForTokenClassification or BertForMaskedLM.
+        name_or_dir: a directory with config.json and model.safetensors, or a registry name.
+        labels: names of the classes, or ``num_labels``; default: those of config.json.
+        head: of token classification: "linear", or "crf" on top of it; default: as in config.json.
+        attn_implementation: "eager", "sdpa", "fused", or "auto": fused if it runs, else sdpa.
+        dtype: of the parameters: "fp32", "bf16", "fp16", "auto" or a torch.dtype.
+        device: of the parameters.
+        seed: for the missing parameters; None draws from the generator's current state.
+
+    Returns:
+        The model in eval mode, with a ``load_report`` of what was unused and what is new.
+
+    Raises:
+        MinibertError: a file is missing, damaged or does not fit; "fused" cannot run here.
+        ValueError: arguments that contradict each other.
+    """
     directory = hub.locate_model(name_or_dir)
     config = config_json.read(directory / "config.json")
     if num_labels is not None:
@@ -64,6 +96,7 @@ def model(
         labels = labels or [f"LABEL_{i}" for i in range(num_labels)]
     if labels is not None:
         config = replace(config, labels=tuple(labels))
+    config = config_json.checked(replace(config, head=head or config.head))
     device = torch.device(device)
     dtype = choose_dtype(dtype, device).value
     attention = choose_attention(attn_implementation, device, dtype, config.head_size).value

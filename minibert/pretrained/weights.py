@@ -60,6 +60,9 @@ bert.layers.{i}.feed_forward_norm.weight bert.encoder.layer.{i}.output.LayerNorm
 bert.layers.{i}.feed_forward_norm.bias bert.encoder.layer.{i}.output.LayerNorm.bias
 head.classifier.weight                 classifier.weight
 head.classifier.bias                   classifier.bias
+head.crf.start_L                       crf.start
+head.crf.transition_LL                 crf.transition
+head.crf.end_L                         crf.end
 head.bias                              cls.predictions.bias
 head.transform.weight                  cls.predictions.transform.dense.weight
 head.transform.bias                    cls.predictions.transform.dense.bias
