@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minibert"
 
 # From the ground up: a room imports from itself and from rooms to its left.
-ORDER = "files machine processes model speed pretrained text tagging training study info cli"
+ORDER = (
+    "files machine processes model speed pretrained text baselines tagging training study info cli"
+)
 FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
 
 

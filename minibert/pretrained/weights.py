@@ -303,10 +303,13 @@ def save(model: nn.Module, path: Path, heads: int) -> None:
     Raises:
         MinibertError: the directory cannot be written or the disk is full.
     """
-    tensors = {
-        theirs: model.get_parameter(ours).detach().cpu().contiguous()
-        for ours, theirs in sorted(names_of(model).items(), key=lambda names: names[1])
-    }
+    named = sorted(names_of(model).items(), key=lambda names: names[1])
+    save_tensors({theirs: model.get_parameter(ours) for ours, theirs in named}, path)
+
+
+def save_tensors(named: dict[str, Tensor], path: Path) -> None:
+    """Write tensors atomically; see ``save``."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     with replacing(path) as temporary:
         metadata = {"format": "pt", "minibert.sha256": _digest(tensors), HEADS: str(heads)}
         write(temporary, tensors, metadata)

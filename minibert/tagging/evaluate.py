@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minibert.tagging.words import WordTagger
 from minibert.text.bio import Sentence, label_ids
+from minibert.text.labelling import WordTagger
 from minibert.text.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
 
 

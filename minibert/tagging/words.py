@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
+from minibert.text.labelling import Label as Label
 from minibert.text.metrics import lenient_entities
-
-
-class Label(NamedTuple):
-    """The label of one word."""
-
-    name: str
-    score: float  # probability
 
 
 class Entity(NamedTuple):
@@ -25,17 +19,6 @@ class Entity(NamedTuple):
     start: int  # in characters: text[start:stop] is the entity
     stop: int
     score: float  # mean probability of its words' labels
-
-
-class WordTagger(Protocol):
-    """Anything that labels words, such as ``Tagger``."""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Every label that it may give: "O", "B-TYPE" and "I-TYPE"."""
-
-    def label(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Label]]:
-        """One label for every word of every sentence, in order, as a stream."""
 
 
 class Words(NamedTuple):
