@@ -147,6 +147,24 @@ def test_any_layout_of_q_k_v_gives_the_same_bits() -> None:
         assert all(map(torch.equal, results, (case.context_NHK, case.lse_HN, case.grad_N3HK)))
 
 
+def test_tensors_at_odd_addresses_give_the_same_bits() -> None:
+    """Contiguous, but not from a multiple of 16 bytes on; a GPU would fault on a vector load."""
+
+    def shifted(x: Tensor) -> Tensor:
+        moved = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+        assert moved.is_contiguous()
+        assert moved.data_ptr() % 16
+        return moved
+
+    case = run([12, 70], heads=1, dropout_p=0.1)
+    qkv = [x.contiguous() for x in case.qkv_N3HK.unbind(1)]
+    starts, *rest = case.rest
+    context, lse = attention.forward(*map(shifted, qkv), shifted(starts), *rest)
+    assert torch.equal(context, case.context_NHK)
+    arguments = map(shifted, (case.d_context_NHK, *qkv, context, lse, starts))
+    assert torch.equal(attention.backward(*arguments, *rest), case.grad_N3HK)
+
+
 def test_thread_order_changes_no_bit() -> None:
     """Deterministic gradients: the emulator draws another order of the threads in each run."""
     first, *others = (run([12, 70], dropout_p=0.1) for _ in range(3))

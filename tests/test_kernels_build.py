@@ -125,8 +125,10 @@ def test_every_part_of_a_binary_is_in_its_key(
     original = build.source
     monkeypatch.setattr(build, "source", lambda *names: original(*names) + "// changed\n")
     assert build.cubin(file, arch, defines) == b"code 4"
+    monkeypatch.setattr(build, "compiler", lambda: (12, 8))
+    assert build.cubin(file, arch, defines) == b"code 5"
     names = [path.name for path in (tmp_path / "kernels").iterdir()]
-    assert len(names) == 4, names
+    assert len(names) == 5, names
     assert all(name.startswith("attention-sm_") and name.endswith(".cubin") for name in names)
 
 
@@ -151,6 +153,13 @@ def test_without_cuda_core_the_error_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(build.BuildError, match=r"pip install 'minibert\[cuda\]'"):
         build.compile_source("", "sm_75", {})
+
+
+def test_without_nvrtc_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    build.compiler.cache_clear()
+    with pytest.raises(build.BuildError, match=r"NVRTC.*pip install 'minibert\[cuda\]'"):
+        build.cubin(*UNIT)
 
 
 # ---- launches ----------------------------------------------------------------------------------

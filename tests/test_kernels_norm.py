@@ -65,6 +65,22 @@ def test_the_same_batch_gives_the_same_bits() -> None:
     assert all(map(torch.equal, norm.backward(*arguments), norm.backward(*arguments)))
 
 
+def test_tensors_at_odd_addresses_give_the_same_bits() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, before, dy = (torch.randn(5, 64, generator=draw).half() for _ in range(3))
+    weight, bias = torch.randn(2, 64, generator=draw).half()
+
+    def shifted(t: Tensor) -> Tensor:
+        return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+    def both(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> list[Tensor]:
+        y, mean, scale = norm.forward(x, before, weight, bias, None, EPS, 0.0)
+        return [y, *norm.backward(dy, x, before, weight, mean, scale, None, 0.0)]
+
+    tensors = (x, before, weight, bias, dy)
+    assert all(map(torch.equal, both(*map(shifted, tensors)), both(*tensors)))
+
+
 def operands() -> list[Tensor]:
     """x, residual, weight and bias as under autocast, with gradients."""
     draw = torch.Generator().manual_seed(0)

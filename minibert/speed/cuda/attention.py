@@ -74,8 +74,9 @@ def backward(
     grad_N3HK = torch.empty((N, 3, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
     _enqueue(
         ("backward_q", "backward_kv"),  # in this order: the first writes delta, the second reads it
-        q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed, max_length, dropout_p,
-        d_context_NHK.contiguous(), torch.empty_like(lse_HN), grad_N3HK.unbind(1),
+        q_NHK, k_NHK, v_NHK, launch.aligned(context_NHK), launch.aligned(lse_HN), starts, seed,
+        max_length, dropout_p,
+        launch.aligned(d_context_NHK), torch.empty_like(lse_HN), grad_N3HK.unbind(1),
     )  # fmt: skip
     return grad_N3HK
 
@@ -101,7 +102,7 @@ def _rows(x_NHK: Tensor) -> Tensor:
     A slice of the packed (N, 3, H, K) product already is; anything else is copied.
     """
     fits = x_NHK.stride()[1:] == (x_NHK.shape[2], 1) and x_NHK.stride(0) % 8 == 0
-    return x_NHK if fits and x_NHK.data_ptr() % 16 == 0 else x_NHK.contiguous()
+    return x_NHK if fits and x_NHK.data_ptr() % 16 == 0 else launch.aligned(x_NHK)
 
 
 def _enqueue(
@@ -137,7 +138,7 @@ def _enqueue(
         "lse": lse_HN,
         "delta": delta_HN,
         **dict(zip(("dq", "dk", "dv"), grads_NHK)),
-        "starts": starts,
+        "starts": launch.aligned(starts),
         "seed": seed,
         "tokens": N,
         "heads": H,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from minibert.files import MinibertError, home, replacing
 
 HERE = Path(__file__).parent
 STANDARD = "c++17"
+INSTALL = "pip install 'minibert[cuda]'"
 
 
 class BuildError(RuntimeError):
@@ -43,6 +45,24 @@ def source(file: str, primitives: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
+@cache
+def compiler() -> tuple[int, int]:
+    """NVRTC's version, for example (12, 8).
+
+    Raises:
+        BuildError: NVRTC or its Python package is missing.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BuildError(
+            f"the CUDA kernels are compiled with NVRTC, which cannot be loaded ({error}): {INSTALL}"
+        ) from error
+    return major, minor
+
+
 def compile_source(text: str, arch: str, defines: dict[str, int], kind: str = "cubin"):
     """Compile with NVRTC; needs neither a GPU nor a driver.
 
@@ -63,7 +83,7 @@ def compile_source(text: str, arch: str, defines: dict[str, int], kind: str = "c
     except ImportError as error:
         raise BuildError(
             f"the CUDA kernels are compiled with cuda-core, which cannot be imported ({error}): "
-            "pip install 'minibert[cuda]'"
+            + INSTALL
         ) from error
     log = StringIO()
     options = ProgramOptions(
@@ -93,7 +113,7 @@ def cubin(file: str, arch: str, defines: dict[str, int]) -> bytes:
         BuildError: it is not cached and cannot be compiled.
     """
     text = source(file)
-    key = "\n".join([text, arch, STANDARD, repr(sorted(defines.items()))])
+    key = "\n".join([text, arch, STANDARD, repr(sorted(defines.items())), str(compiler())])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = home() / "kernels" / f"{Path(file).stem}-{arch}-{digest}.cubin"
     with suppress(OSError):  # missing or unreadable: compile

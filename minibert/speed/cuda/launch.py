@@ -42,6 +42,15 @@ class Launch:
     parameters: dict[str, Parameter]
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x as the kernels' vector loads need it: contiguous, from a multiple of 16 bytes on.
+
+    A contiguous tensor may begin anywhere in its storage, and ``contiguous`` leaves it there.
+    """
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def pack(parameters: Mapping[str, Parameter]) -> list[Any]:
     """Parameters for ``cuda.core.launch``: an address as int, a number as a 4-byte ctypes value."""
     return [_pack(value) for value in parameters.values()]

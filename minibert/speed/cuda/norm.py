@@ -66,15 +66,15 @@ def forward(
             f"and {residual_ND.dtype} {tuple(residual_ND.shape)}"
         )
     N = x_ND.shape[0]
-    residual_ND = residual_ND.contiguous()
+    residual_ND = launch.aligned(residual_ND)
     y_ND = torch.empty_like(residual_ND)
     mean_N, scale_N = (x_ND.new_empty(N, dtype=torch.float32) for _ in range(2))
     dropout = launch.dropout(dropout_p)
     parameters: dict[str, launch.Parameter] = {
-        "x": x_ND.contiguous(),
+        "x": launch.aligned(x_ND),
         "residual": residual_ND,
-        "weight": weight_D.to(residual_ND.dtype),
-        "bias": bias_D.to(residual_ND.dtype),
+        "weight": launch.aligned(weight_D.to(residual_ND.dtype)),
+        "bias": launch.aligned(bias_D.to(residual_ND.dtype)),
         "seed": seed,
         "y": y_ND,
         "mean": mean_N,
@@ -101,17 +101,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (N, D) and the residual (N, D), and of weight and bias as (2, D) float32."""
     N, D = x_ND.shape
-    x_ND, residual_ND = x_ND.contiguous(), residual_ND.contiguous()
+    x_ND, residual_ND = launch.aligned(x_ND), launch.aligned(residual_ND)
     dx_ND, d_residual_ND = torch.empty_like(x_ND), torch.empty_like(residual_ND)
     blocks = min(-(-N // ROWS), BLOCKS)
     partial = x_ND.new_empty((blocks, 2, D), dtype=torch.float32)
     sums_2D = x_ND.new_zeros((2, D), dtype=torch.float32)
     dropout = launch.dropout(dropout_p)
     parameters: dict[str, launch.Parameter] = {
-        "dy": dy_ND.to(residual_ND.dtype).contiguous(),
+        "dy": launch.aligned(dy_ND.to(residual_ND.dtype)),
         "x": x_ND,
         "residual": residual_ND,
-        "weight": weight_D.to(residual_ND.dtype),
+        "weight": launch.aligned(weight_D.to(residual_ND.dtype)),
         "seed": seed,
         "mean": mean_N,
         "scale": scale_N,

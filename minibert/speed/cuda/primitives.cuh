@@ -118,7 +118,7 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const unsigned char* row) {
 //   a_high  row g + 8, columns 2t, 2t + 1        c[2], c[3]   row g + 8, columns 2t, 2t + 1
 //   b       column g,  rows    2t, 2t + 1
 DEVICE void multiply_accumulate(float (&c)[4], u32 a_low, u32 a_high, u32 b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a_low), "r"(a_high), "r"(b));
