@@ -213,13 +213,13 @@ class Graphs:
         """
         ids_N, _, layout = _packed(inputs)
         size = Size.of(layout, self.model.config.max_position_embeddings)
-        if size not in self.recordings and len(self.recordings) == self.most:
-            return self._passes(inputs, scale).loss
         if size not in self.recordings:
             places = Places.of(size, ids_N.device)
             places.fill(inputs, scale)
-            recording = self.record(lambda: self._passes(places.inputs, places.scale))
-            self.recordings[size] = places, recording
+            if len(self.recordings) == self.most:
+                # From the same places: torch's flash kernels draw by the number of sentences.
+                return self._passes(places).loss
+            self.recordings[size] = places, self.record(lambda: self._passes(places))
         places, recording = self.recordings[size]
         places.fill(inputs, scale)
         recording.replay()
@@ -227,14 +227,14 @@ class Graphs:
             parameter.grad = gradient
         return recording.passes.loss
 
-    def _passes(self, inputs: Inputs, scale: Tensor | float) -> Passes:
+    def _passes(self, places: Places) -> Passes:
         for parameter in self.parameters:
             parameter.grad = None  # otherwise the new gradient would be added to it
         # Without the cache: a cached cast would be captured once and not follow the weights.
         half = self.dtype != torch.float32
         device = self.parameters[0].device.type
         with torch.autocast(device, self.dtype, enabled=half, cache_enabled=False):
-            loss = self.model(**inputs).loss
+            loss = self.model(**places.inputs).loss
         assert loss is not None
-        (loss * scale).backward()
+        (loss * places.scale).backward()
         return Passes(loss.detach(), [parameter.grad for parameter in self.parameters])
