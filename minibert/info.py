@@ -1,10 +1,15 @@
-"""What this machine has and what "auto" takes on it: the page that ``minibert info`` prints."""
+"""What this machine has, what "auto" takes on it, and whether each CUDA kernel works here.
+
+The page that ``minibert info`` prints.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -14,9 +19,11 @@ from minibert.machine import DTYPES, Chosen, choose_device, choose_dtype, name_o
 from minibert.model.encoder import IMPLEMENTATIONS
 from minibert.model.heads import BertForTokenClassification
 from minibert.speed import cuda, fused, prepacked
+from minibert.speed.cuda import adamw, attention, build, obstacles
 from minibert.speed.prepacked import PrepackedLayer
 
 HEAD_SIZE, HIDDEN_SIZE = 64, 768  # K and D of BERT-base
+WORKS = "works, equal to float64 within rounding"
 
 
 def describe() -> str:
@@ -33,6 +40,7 @@ def describe() -> str:
         f"cpu          {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         f"cpu dtype    {_line(choose_dtype('auto', torch.device('cpu')))}",
         f"gpu          {_gpus()}",
+        f"compiler     {_compiler()}",
         f"home         {home()}",
         f"attention    {', '.join(IMPLEMENTATIONS)}",
         f"auto device  {device}",
@@ -40,7 +48,8 @@ def describe() -> str:
         f"auto attn    {choice.value}: {choice.reason}",
         f"auto layers  {_layers(device, dtype.value)}",
         *(f"fused {name:6} {_fused(device, known)}" for name, known in DTYPES.items()),
-        f"fused norm   {_norm(device)}",
+        f"product      {_product(device, dtype.value)}",
+        *(f"{name:12} {found}" for name, found in _kernels(device)),
     ]
     return "\n".join(lines)
 
@@ -70,17 +79,59 @@ def _fused(device: torch.device, dtype: torch.dtype) -> str:
         return f"cannot run: {error}"
 
 
-def _norm(device: torch.device) -> str:
-    """How dropout, residual and LayerNorm are computed with "fused"."""
-    obstacle = cuda.obstacle_to_norm(device, HIDDEN_SIZE)
-    return (
-        f"in three passes: {obstacle}" if obstacle else "in one pass where x is fp16: own kernels"
-    )
+def _kernels(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Every CUDA kernel tried once: its name, and whether it works or what is in the way."""
+    if device.type != "cuda":
+        yield "kernels", f"not tried: {_no_gpu()}"
+        return
+    half, dropout_p = torch.float16, 0.25
+    for head_size in reversed(attention.HEAD_SIZES):
+        for p, what in ((0.0, ""), (dropout_p, " with dropout")):
+            found = obstacles.attention(device, half, head_size, p)
+            yield "attention", f"head size {head_size}{what}: {found or WORKS}"
+    for residual, p, what in ((half, 0.0, ""), (torch.float32, dropout_p, " with dropout")):
+        found = obstacles.norm(device, HIDDEN_SIZE, residual, p)
+        yield "add-norm", f"{name_of(residual)} residual{what}: {found or WORKS}"
+    for semantics in adamw.SEMANTICS:
+        yield "AdamW", f"{semantics}: {obstacles.adamw(device, semantics) or WORKS}"
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> str:
+    """The speed of one large matrix product."""
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for the device
+        times.append(time.perf_counter() - start)
+    return f"{2e-12 * size**3 / min(times):.2f} TFLOP/s in {name_of(dtype)}, {size} cubed"
+
+
+def _compiler() -> str:
+    """What compiles and launches the kernels."""
+    try:
+        names = ("cuda-core", "cuda-bindings")
+        packages = ", ".join(f"{name} {version(name)}" for name in names)
+        return f"NVRTC {'.'.join(map(str, build.compiler()))}, {packages}"
+    except (PackageNotFoundError, build.BuildError) as error:
+        return f"none, so no CUDA kernels ({error}): {build.INSTALL}"
+
+
+def _no_gpu() -> str:
+    """Why torch can use no GPU."""
+    if torch.version.cuda is None:
+        return "torch was built without CUDA: with an NVIDIA GPU install its CUDA build"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "torch finds no CUDA device"
 
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
-        return "none that torch can use"
+        return f"none: {_no_gpu()}"
     found = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)

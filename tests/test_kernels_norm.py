@@ -13,7 +13,7 @@ import minibert
 from minibert import BertConfig, BertForTokenClassification
 from minibert.model import encoder
 from minibert.speed import cuda, fused
-from minibert.speed.cuda import norm
+from minibert.speed.cuda import norm, obstacles
 
 EPS = 1e-2  # large enough that leaving it out shows
 SEED = 0x1234_5678_9ABC_DEF
@@ -100,7 +100,7 @@ def test_opcheck() -> None:
 
 def test_gradients_reach_every_operand(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a T4, through ``cuda.add_norm`` and autograd."""
-    monkeypatch.setattr(cuda, "obstacle_to_norm", lambda *_: None)
+    monkeypatch.setattr(obstacles, "norm", lambda *_: None)
     x, before, weight, bias = operands()
     dy = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     y = cuda.add_norm(x, before, weight, bias, EPS)
@@ -113,7 +113,7 @@ def test_gradients_reach_every_operand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_generator_fixes_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "obstacle_to_norm", lambda *_: None)
+    monkeypatch.setattr(obstacles, "norm", lambda *_: None)
 
     def once(seed: int) -> Tensor:
         torch.manual_seed(seed)

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
-import emulator  # noqa: F401 (gives the operators a CPU side)
+import emulator  # gives the operators a CPU side
 import kernel_reference
 import pytest
 import torch
 from torch import Tensor
 
 from minibert.speed import cuda
-from minibert.speed.cuda import adamw, build, ladder
+from minibert.speed.cuda import build, ladder, launch, obstacles
 from minibert.training import adamw as optim
 
 LENGTHS = [5, 17, 9]
@@ -149,12 +149,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
         monkeypatch.setattr(build, "cubin", lambda *_: b"")
+        for trial in ("try_attention", "try_norm", "try_adamw"):
+            monkeypatch.setattr(obstacles, trial, lambda *_: launch.load("", "", {}))
         forget()
         return torch.device("cuda", 0)
 
     def forget() -> None:
-        cuda.choose.cache_clear()
-        cuda.obstacle_to_norm.cache_clear()
+        for cached in (cuda.choose, obstacles.attention, obstacles.norm, obstacles.adamw):
+            cached.cache_clear()
 
     yield pretend
     forget()
@@ -222,9 +224,9 @@ def test_the_rungs_of_torch_are_called_as_torch_declares_them(name: str) -> None
 
 
 OBSTACLES: dict[str, Callable[[torch.device], str | None]] = {
-    "attention": lambda device: cuda.attention.obstacle(device, F16, 64),
-    "norm": lambda device: cuda.obstacle_to_norm(device, 768),
-    "adamw": lambda device: adamw.obstacle(device, "google"),
+    "attention": lambda device: obstacles.attention(device, F16, 64),
+    "norm": lambda device: obstacles.norm(device, 768, F32),
+    "adamw": lambda device: obstacles.adamw(device, "google"),
 }
 
 
@@ -233,6 +235,9 @@ def test_obstacles(
     obstacle: Callable[[torch.device], str | None], gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every reason why kernels cannot run, a binary that nothing can launch among them."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU:\nno image")
 
     def broken(*_: object) -> bytes:
         raise build.BuildError("no NVRTC here")
@@ -245,13 +250,48 @@ def test_obstacles(
         patch.setattr(build, "cubin", broken)
         assert obstacle(device) == "no NVRTC here"
     device = gpu(T4)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "load", refused)
+        want = "a first launch fails (RuntimeError: CUDA_ERROR_NO_BINARY_FOR_GPU: no image)"
+        assert obstacle(device) == want
+    device = gpu(T4)
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     assert "pip install 'minibert[cuda]'" in obstacle(device)
 
 
 def test_widths_that_add_norm_does_not_support_are_an_obstacle(gpu: Gpu) -> None:
     for width in (96, 832):
-        assert f"up to 768, not {width}" in cuda.obstacle_to_norm(gpu(T4), width)
+        assert f"up to 768, not {width}" in obstacles.norm(gpu(T4), width, F32)
+
+
+CPU = torch.device("cpu")
+TRIALS: dict[str, tuple[Callable[[], None], str, str]] = {
+    "attention": (lambda: obstacles.try_attention(CPU, 32, 0.25), "delta[r] =", "delta[r] = 2 *"),
+    "norm": (lambda: obstacles.try_norm(CPU, 64, F32, 0.25), "sum - n[i]", "sum + n[i]"),
+    "AdamW": (lambda: obstacles.try_adamw(CPU, "google"), "+ decay *", "- 64 * decay *"),
+}
+
+
+@pytest.mark.parametrize(("trial", "right", "wrong"), TRIALS.values(), ids=TRIALS)
+def test_a_trial_accepts_the_kernels_and_sees_a_fault(
+    trial: Callable[[], None], right: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial()
+    source = emulator.source
+
+    def faulty(file: str) -> str:
+        text = source(file)
+        assert right in text
+        return text.replace(right, wrong)
+
+    monkeypatch.setattr(emulator, "source", faulty)
+    with pytest.raises(ArithmeticError, match="differs from float64"):
+        trial()
+
+
+@pytest.mark.parametrize("semantics", ["torch", "transformers"])
+def test_the_other_updates_pass_their_trial(semantics: str) -> None:
+    obstacles.try_adamw(CPU, semantics)
 
 
 def test_the_gpu_gets_one_pass_adamw_or_a_reason(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from builders import small_checkpoint, write_bio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibert import BertForTokenClassification, Tagger, Tokenizer
+from minibert import BertForTokenClassification, Tagger, Tokenizer, info
 from minibert.files import MinibertError
 from minibert.model.labels import best_labels, may_follow
+from minibert.speed.cuda import obstacles
 from minibert.tagging.evaluate import evaluate
 from minibert.tagging.stream import read_ahead
 from minibert.tagging.words import Entity, Label, Words, entities, join, split
@@ -293,7 +294,20 @@ def test_info_reports_what_auto_chooses(command) -> None:
     status, out, _ = command("info")
     assert status == 0
     lines = ("auto dtype", "auto attn", "torch", "cpu dtype", "eager, sdpa, fused", "fused fp16")
+    lines += ("compiler     NVRTC", "TFLOP/s in")
     assert all(line in out for line in lines)
+
+
+def test_info_tries_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that refuses one binary."""
+    refused = "a first launch fails (CUDAError: no image)"
+    monkeypatch.setattr(obstacles, "attention", lambda _, __, size, p: refused if p else None)
+    monkeypatch.setattr(obstacles, "norm", lambda *_: None)
+    monkeypatch.setattr(obstacles, "adamw", lambda *_: None)
+    found = [": ".join(line) for line in info._kernels(torch.device("cuda"))]
+    assert len(found) == 4 + 2 + 3
+    assert sum("with dropout: a first launch fails" in line for line in found) == 2
+    assert sum("works, equal to float64" in line for line in found) == 7
 
 
 # Decoding

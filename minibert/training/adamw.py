@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert.machine import Chosen
-from minibert.speed.cuda import adamw
+from minibert.speed.cuda import adamw, obstacles
 from minibert.training.schedule import LossScaler, clip_grad_norm, joint_norm
 
 SEMANTICS = {"torch": 1e-8, "transformers": 1e-6, "google": 1e-6}  # name: default eps
@@ -277,7 +277,7 @@ def choose_adamw(
         kind, reason = FusedAdamW, "in one pass, with torch's fused CPU kernel"
     elif device.type != "cuda":
         reason += f"there is no one-pass kernel for {semantics!r} on {device.type}"
-    elif obstacle := adamw.obstacle(device, semantics):
+    elif obstacle := obstacles.adamw(device, semantics):
         reason += f"the one-pass kernel cannot run: {obstacle}"
     else:
         kind, reason = OnePassAdamW, "in one pass, with the CUDA kernel"

@@ -2,8 +2,8 @@
 
 Reading order: ``docs/fused-attention.md``; ``primitives.cuh``, ``tiles.cuh``, ``problem.cuh`` and
 ``attention.cu`` (the kernels); ``attention.py`` (their arguments), ``build.py`` (compiling),
-``launch.py`` (starting), ``ops.py`` (operators of torch); ``ladder.py`` (which device gets which
-kernels); then ``norm.cu`` and ``norm.py``, ``adamw.cu`` and ``adamw.py``. Importing this package
+``launch.py`` (starting), ``ops.py`` (operators of torch); ``obstacles.py`` and ``ladder.py`` (what
+runs here); then ``norm.cu`` and ``norm.py``, ``adamw.cu`` and ``adamw.py``. Importing this package
 compiles nothing and needs no CUDA.
 
 Shape legend: see model/layout.py.
@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minibert.speed.cuda import norm
+from minibert.speed.cuda import norm, obstacles
 from minibert.speed.cuda.ladder import RUNGS, FusedUnavailableError, Rung, choose, name_of_rung
-from minibert.speed.cuda.norm import obstacle as obstacle_to_norm
 
 __all__ = [
     "FusedUnavailableError",
@@ -26,12 +25,11 @@ __all__ = [
     "attend_packed",
     "attend_padded",
     "choose",
-    "obstacle_to_norm",
 ]
 
 # The mark that torch.compiler.assume_constant_result sets. Calling it would import the compiler,
 # which takes as long as the rest of torch.
-for _constant in (name_of_rung, obstacle_to_norm):
+for _constant in (name_of_rung, obstacles.norm):
     vars(_constant)["_dynamo_marked_constant"] = True
 
 
@@ -108,7 +106,7 @@ def add_norm(
 ) -> Tensor:
     """LayerNorm(dropout(x) + residual), in one pass if the kernels can run, else in three.
 
-    The kernels run if x is float16 and ``obstacle_to_norm`` finds no obstacle.
+    The kernels run if x is float16 and ``obstacles.norm`` finds no obstacle.
 
     Args:
         x_ND: (N, D), floating point.
@@ -120,7 +118,8 @@ def add_norm(
     Returns:
         (N, D); from the kernels in the residual's dtype.
     """
-    if norm.fits(x_ND, residual_ND) and obstacle_to_norm(x_ND.device, x_ND.shape[1]) is None:
+    place = (x_ND.device, x_ND.shape[1], residual_ND.dtype)
+    if norm.fits(x_ND, residual_ND) and obstacles.norm(*place) is None:
         from minibert.speed.cuda import ops
 
         return ops.add_norm(x_ND, residual_ND, weight_D, bias_D, eps, dropout_p)

@@ -19,11 +19,6 @@ CHUNK = 4096  # as in adamw.cu
 THREADS = 256
 
 
-def obstacle(device: torch.device, semantics: str) -> str | None:
-    """Why the AdamW kernel cannot run here, or None. Compiles it if necessary."""
-    return launch.obstacle(device, "adamw.cu", {"SEMANTICS": SEMANTICS[semantics]})
-
-
 class Sweep:
     """Updates all parameters in place, in one launch.
 

@@ -14,15 +14,6 @@ HEAD_SIZES = (32, 64)
 SHORT = 64  # up to this length the one-warp kernels run: 16-row tiles waste less of a tile
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Why the attention kernels cannot run here, or None. Compiles them if necessary."""
-    if dtype != torch.float16:
-        return f"the dtype must be float16, not {str(dtype).removeprefix('torch.')}"
-    if head_size not in HEAD_SIZES:
-        return f"the head size must be one of {HEAD_SIZES}, not {head_size}"
-    return launch.obstacle(device, "attention.cu", {"HEAD_SIZE": head_size, "DROPOUT": 0})
-
-
 def forward(
     q_NHK: Tensor,
     k_NHK: Tensor,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minibert.files import MinibertError
-from minibert.speed.cuda import attention
+from minibert.speed.cuda import obstacles
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
@@ -35,7 +35,7 @@ class FusedUnavailableError(MinibertError):
 
 @lru_cache
 def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Rung:
-    """The rung for this device, dtype and head size. Compiles the own kernels if they may run.
+    """The rung for this device, dtype and head size. Tries the own kernels if they may run.
 
     Raises:
         FusedUnavailableError: no rung can run.
@@ -62,7 +62,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Rung:
     if half and capability >= (8, 0) and torch.backends.cuda.is_flash_attention_available():
         reason = f"compute capability {version} has cp.async, which torch's flash kernels use"
         return Rung("torch flash", reason)
-    if obstacle := attention.obstacle(device, dtype, head_size):
+    if obstacle := obstacles.attention(device, dtype, head_size):
         return Rung("torch efficient", f"the own kernels cannot run: {obstacle}")
     name = str(dtype).removeprefix("torch.")
     return Rung("own kernels", f"compute capability {version}, {name}, head size {head_size}")

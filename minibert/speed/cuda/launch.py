@@ -102,20 +102,6 @@ def load(file: str, arch: str, defines: dict[str, int]):
     return ObjectCode.from_cubin(code)
 
 
-def obstacle(device: torch.device, file: str, defines: dict[str, int]) -> str | None:
-    """Why the kernels of a source cannot run on a device, or None. Compiles them if necessary."""
-    if device.type != "cuda":
-        return f"a CUDA device is required, not {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (7, 5):
-        return f"compute capability 7.5 is required, this is {capability[0]}.{capability[1]}"
-    try:
-        load(file, architecture(device), defines)
-    except build.BuildError as error:
-        return str(error)
-    return None
-
-
 @lru_cache
 def _kernel(file: str, name: str, arch: str, defines: tuple[tuple[str, int], ...]):
     # Per architecture, not per device: the driver loads it into the current context.

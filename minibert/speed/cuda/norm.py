@@ -5,8 +5,6 @@ Shape legend: see model/layout.py.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -16,14 +14,6 @@ STEP, MOST = 64, 768  # D must be a multiple of STEP up to MOST: a wider row wou
 ROWS = 4  # per block at a time, one per warp: WARPS in norm.cu
 THREADS = 32 * ROWS
 BLOCKS = 160  # at most in the backward pass: four for each multiprocessor of a T4
-
-
-@lru_cache
-def obstacle(device: torch.device, hidden_size: int) -> str | None:
-    """Why the add-norm kernels cannot run here, or None. Compiles them if necessary."""
-    if hidden_size % STEP or not 0 < hidden_size <= MOST:
-        return f"the hidden size must be a multiple of {STEP} up to {MOST}, not {hidden_size}"
-    return launch.obstacle(device, "norm.cu", {"HIDDEN": hidden_size, "DROPOUT": 0, "WIDE": 1})
 
 
 def fits(x_ND: Tensor, residual_ND: Tensor) -> bool:
