@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import cuda.core
 import emulator
 import pytest
 import torch
@@ -21,7 +17,6 @@ from test_kernels_norm import check as check_norm
 
 from benchmarks import kernel_resources
 from minibert.speed.cuda import build, launch
-from minibert.speed.cuda.launch import Launch
 
 UNIT = ("attention.cu", "sm_75", {"HEAD_SIZE": 32, "DROPOUT": 0})
 ATTENTION = {f"{kind}_{size}" for kind in KINDS for size in ("long", "short")}
@@ -200,38 +195,3 @@ def test_problem_takes_its_parameters_in_order() -> None:
     assert passed
     names = [name.strip() for name in passed[1].replace("\\", " ").split(",")]
     assert names == list(launches[0].parameters)
-
-
-def test_the_driver_is_given_what_the_emulator_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``launch.enqueue`` with the driver replaced: kernel, grid and bytes of the parameters."""
-    started, current = [], []
-
-    def start(stream: Any, config: Any, kernel: Any, *parameters: Any) -> None:
-        assert stream.__cuda_stream__() == (0, 99)
-        name, arch, machine = kernel
-        assert arch == "sm_75"
-        machine.start(name, config.grid[:2], config.block[0], parameters)
-        started.append(name)
-
-    def load(file: str, arch: str, defines: dict[str, int]) -> Any:
-        machine = emulator.machine(file, defines)
-        return SimpleNamespace(get_kernel=lambda name: (name, arch, machine))
-
-    def enqueue(work: Launch) -> None:
-        emulator.machine(work.file, work.defines).watch(work)
-        emulator.enqueue_on_gpu(work)
-
-    device = SimpleNamespace(set_current=lambda: current.append(True))
-    monkeypatch.setattr(cuda.core, "Device", lambda index: device)
-    monkeypatch.setattr(cuda.core, "launch", start)
-    monkeypatch.setattr(launch, "load", load)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    stream = SimpleNamespace(cuda_stream=99)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(launch, "enqueue", enqueue)
-    launch._kernel.cache_clear()
-    check(run([70, 3], head_size=32, dropout_p=0.1))
-    assert started == ["forward_long", "backward_q_long", "backward_kv_long"]
-    assert len(current) == 3
-    launch._kernel.cache_clear()

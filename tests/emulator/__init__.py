@@ -19,7 +19,6 @@ from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
-from cuda.core._kernel_arg_handler import ParamHolder
 from torch import Tensor
 
 from minibert.speed.cuda import attention, build, launch, norm, ops
@@ -140,11 +139,30 @@ class Emulator:
         parameters: Sequence[Any],
         order: int | None = None,
     ) -> None:
-        """Start a kernel on parameters as ``cuda.core.launch`` takes them."""
-        holder = ParamHolder(parameters)  # cuda.core.launch makes this of them for the driver
+        """Start a kernel on parameters as ``launch.pack`` gives them."""
+        values = [ctypes.c_void_p(x) if isinstance(x, int) else x for x in parameters]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        self.call(kernel, grid, threads, pointers, order, len(values))
+
+    def call(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        threads: int,
+        values: Any,
+        order: int | None = None,
+        count: int = -1,
+    ) -> None:
+        """Start a kernel on an array of pointers to its arguments, as the driver gets it.
+
+        Args:
+            kernel, grid, threads, order: as above.
+            values: the array.
+            count: its length; -1: not known.
+        """
         order = _ORDERS.getrandbits(32) if order is None else order
         message = self.library.emulator_launch(
-            kernel.encode(), *grid, threads, ctypes.c_void_p(holder.ptr), len(parameters), order
+            kernel.encode(), *grid, threads, values, count, order
         )
         self.bank_conflicts += self.library.emulator_bank_conflicts()
         if message:

@@ -551,7 +551,7 @@ const char* emulator_launch(const char* name, int grid_x, int grid_y, int thread
   const auto found = kernels().find(name);
   if (found == kernels().end()) return "no such kernel";
   if (found->second.threads != threads) return "launched with another number of threads than declared";
-  if (found->second.parameters != count) return "launched with another number of parameters";
+  if (count >= 0 && found->second.parameters != count) return "launched with another number of parameters";
   body = found->second.bind(parameters);
   emulator::threads = threads;
   order.seed(seed);

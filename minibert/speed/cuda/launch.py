@@ -79,6 +79,7 @@ def dropout(dropout_p: float) -> dict[str, float]:
     return {"keep_scale": 65536 / (65536 - drop_below), "drop_below": drop_below}
 
 
+@lru_cache
 def architecture(device: torch.device) -> str:
     """NVRTC's name for the device's architecture, for example ``sm_75``."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -108,14 +109,11 @@ def _kernel(file: str, name: str, arch: str, defines: tuple[tuple[str, int], ...
     return load(file, arch, dict(defines)).get_kernel(name)
 
 
-class _Stream:
-    """A torch stream in cuda-core's protocol: (version, handle)."""
+@lru_cache
+def _stream(handle: int):
+    from cuda.core import Stream
 
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return (0, self.handle)
+    return Stream.from_handle(handle)
 
 
 def enqueue(launch: Launch) -> None:
@@ -132,10 +130,15 @@ def enqueue(launch: Launch) -> None:
     device = next(x.device for x in launch.parameters.values() if isinstance(x, Tensor))
     defines = tuple(sorted(launch.defines.items()))
     kernel = _kernel(launch.file, launch.kernel, architecture(device), defines)
-    with torch.cuda.device(device):
-        # torch and cuda-core share the device's primary context, which may not be current yet in
-        # autograd's threads.
-        Device(device.index).set_current()
-        stream = _Stream(torch.cuda.current_stream().cuda_stream)
-        config = LaunchConfig(grid=launch.grid, block=launch.threads)
+    before = torch.cuda.current_device()
+    here = before if device.index is None else device.index
+    stream = _stream(torch.cuda.current_stream(here).cuda_stream)
+    config = LaunchConfig(grid=launch.grid, block=launch.threads)
+    # torch and cuda-core share the device's primary context, which may not be current yet in
+    # autograd's threads.
+    Device(here).set_current()
+    try:
         start(stream, config, kernel, *pack(launch.parameters))
+    finally:
+        if before != here:
+            Device(before).set_current()
