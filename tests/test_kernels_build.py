@@ -10,9 +10,8 @@ from pathlib import Path
 
 import emulator
 import pytest
-import torch
 from test_kernels_adamw import draw, new_sweep
-from test_kernels_attention import KINDS, check, run
+from test_kernels_attention import KINDS, run
 from test_kernels_norm import check as check_norm
 
 from benchmarks import kernel_resources

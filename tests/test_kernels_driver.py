@@ -80,7 +80,9 @@ def test_a_new_thread_launches_in_the_context_of_its_device() -> None:
     assert [one.device for one in started] == [1]
 
 
-@pytest.mark.parametrize("function", ["cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernelEx"])
+@pytest.mark.parametrize(
+    "function", ["cuLibraryLoadData", "cuLibraryGetKernel", "cuLaunchKernelEx"]
+)
 def test_what_the_driver_refuses_is_an_obstacle(
     function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ class ChainTagger(nn.Module):
         """
         folder = Path(directory)
         tensors = {name: tensor.float() for name, tensor in self.state_dict().items()}
-        weights.save_tensors(tensors, folder / weights.WEIGHTS)
+        weights.save_tensors(tensors, folder / weights.WEIGHTS, {})
         write_text(folder / "vocabulary.json", json.dumps(self.vocabulary, ensure_ascii=False))
         config = {"model_type": self.kind, "labels": self.labels, "settings": self.settings}
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -100,7 +100,8 @@ class ChainTagger(nn.Module):
         folder, remedy = Path(directory), f"name a directory that holds a {cls.kind}"
         config: Any = read_json(folder / "config.json", remedy)
         vocabulary: Any = read_json(folder / "vocabulary.json", remedy)
-        tensors = weights.read(folder / weights.WEIGHTS)
+        with weights.opened(folder / weights.WEIGHTS) as checkpoint:
+            tensors = dict(checkpoint.read(checkpoint.tensors))
         try:
             if config["model_type"] != cls.kind:
                 raise ValueError(f"model_type is {config['model_type']!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -304,15 +304,16 @@ def save(model: nn.Module, path: Path, heads: int) -> None:
         MinibertError: the directory cannot be written or the disk is full.
     """
     named = sorted(names_of(model).items(), key=lambda names: names[1])
-    save_tensors({theirs: model.get_parameter(ours) for ours, theirs in named}, path)
+    tensors = {theirs: model.get_parameter(ours) for ours, theirs in named}
+    save_tensors(tensors, path, {HEADS: str(heads)})
 
 
-def save_tensors(named: dict[str, Tensor], path: Path) -> None:
-    """Write tensors atomically; see ``save``."""
+def save_tensors(named: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    """Write tensors atomically, with their hash and what else the metadata says ``about`` them."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     with replacing(path) as temporary:
-        metadata = {"format": "pt", "minibert.sha256": _digest(tensors), HEADS: str(heads)}
-        write(temporary, tensors, metadata)
+        metadata = {"format": "pt", "minibert.sha256": _digest(tensors)}
+        write(temporary, tensors, metadata | dict(about))
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
