@@ -301,6 +301,7 @@ def test_invalid_vocabularies_are_refused(folder: Path, change, message: str) ->
         (("post_processor", "cls"), ["[MASK]", 4], r"does not write \[CLS\] before"),
         (("model", "unk_token"), "who", "unk_token is 'who'"),
         (("model", "vocab", "who"), 10**9, r"has \d+ pieces, but numbers them up to 1000000000"),
+        (("model", "vocab", "who"), 5, "2 pieces have the number 5"),
         (("model", "vocab"), {}, "where a BERT|lacks|numbers|unk_token"),
         (("version",), "\u2028", "not a tokenizer"),
     ],

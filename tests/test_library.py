@@ -73,6 +73,28 @@ def test_a_model_loaded_in_inference_mode_trains(folder: Path) -> None:
     torch.optim.SGD(model.parameters(), 0.1).step()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_default_dtype_of_torch_changes_nothing(
+    tagger: Tagger, folder: Path, dtype: torch.dtype
+) -> None:
+    expected = tagger(TEXTS)
+    torch.set_default_dtype(dtype)
+    try:
+        assert tagger(TEXTS) == expected
+        assert Tagger.from_pretrained(folder)(TEXTS) == Tagger.from_pretrained(folder)(TEXTS)
+        model = BertForTokenClassification.from_pretrained(folder)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_loads_under_another_default_device(folder: Path) -> None:
+    with torch.device("meta"):
+        model = BertForTokenClassification.from_pretrained(folder)
+    expected = BertForTokenClassification.from_pretrained(folder)
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+
+
 FORKED = """
 import os, signal, sys, torch
 from minibert import Tagger

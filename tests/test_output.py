@@ -321,6 +321,7 @@ def test_an_output_that_is_renamed_during_evaluation(
         ("$TRAIN >&- 2>&- <&-", 0, ""),
         ("$TRAIN 2>&-", 0, ""),
         ("$TRAIN >/dev/full", 2, "train.py: standard output: No space left on device"),
+        ("$TRAIN --device nonsense 2>/dev/full", 2, ""),
         ("set -o pipefail; $TRAIN | head -1", 141, ""),
         ("set -o pipefail; $TRAIN 2>&1 | head -1", 141, ""),
         ("PYTHONIOENCODING=latin-1 $TRAIN", 0, ""),

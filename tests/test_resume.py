@@ -67,7 +67,11 @@ def whole(files: Path, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("mode", "kills_wanted"),
-    [("accumulated", 6), *(pytest.param(mode, 25, marks=pytest.mark.slow) for mode in MODES)],
+    [
+        ("accumulated", 6),
+        *(pytest.param(mode, 25, marks=pytest.mark.slow) for mode in MODES),
+        pytest.param("accumulated", 200, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_any_moment_it_ends_in_the_same_bytes(
     files: Path, tmp_path: Path, mode: str, kills_wanted: int

@@ -258,6 +258,8 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"id2label": {"0": "O", "2": "B-X", "3": "I-X"}}, "without a gap"),
         ({"id2label": ["O"]}, "id2label must map"),
+        ({"pruned_heads": {"0": [1]}}, "has pruned_heads, which minibert does not compute with"),
+        ({"quantization_config": {"quant_method": "x"}}, "has quantization_config, which"),
         ({"id2label": {"0": "O"}}, r"classifier.weight has shape \(3, 36\).*ask for \(1, 36\)"),
     ],
 )
@@ -297,10 +299,17 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_arguments_that_contradict_each_other(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a")
     refused(folder, r"classifier.weight .*trained with 3 labels: give those 3", num_labels=4)
+    with pytest.raises(ValueError, match=r"labels must be names, got \[0, 1, 2\]"):
+        BertForTokenClassification.from_pretrained(folder, labels=range(3))
     with pytest.raises(ValueError, match="num_labels is 2, but 3 labels"):
         BertForTokenClassification.from_pretrained(folder, num_labels=2, labels="abc")
     with pytest.raises(ValueError, match="choose one of"):
         BertForTokenClassification.from_pretrained(folder, attn_implementation="flash")
+
+
+def test_a_directory_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a").rename(tmp_path / "\udcff")
+    assert BertForTokenClassification.from_pretrained(folder).load_report == load.LoadReport((), ())
 
 
 def test_the_number_of_heads_is_kept(tmp_path: Path) -> None:

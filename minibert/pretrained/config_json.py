@@ -31,6 +31,8 @@ ONLY = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
+# Keys that change what the weights mean, if they hold anything.
+FOREIGN = ("pruned_heads", "quantization_config")
 
 
 def read(path: Path) -> BertConfig:
@@ -55,6 +57,12 @@ def parse(raw: dict, source: Path | str = "config.json") -> BertConfig:
             raise MinibertError(
                 f"{source}: {key} is {raw[key]!r}, but minibert computes {value!r} only: "
                 "use a BERT encoder checkpoint"
+            )
+    for key in FOREIGN:
+        if raw.get(key):
+            raise MinibertError(
+                f"{source}: has {key}, which minibert does not compute with: "
+                "use a BERT encoder checkpoint without it"
             )
     names = {field.name for field in fields(BertConfig)} - {"labels"}
     values = {key: value for key, value in raw.items() if key in names}

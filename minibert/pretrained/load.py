@@ -95,13 +95,19 @@ def model(
             raise ValueError(f"num_labels is {num_labels}, but {len(labels)} labels are given")
         labels = labels or [f"LABEL_{i}" for i in range(num_labels)]
     if labels is not None:
+        if not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"labels must be names, got {list(labels)!r}")
         config = replace(config, labels=tuple(labels))
     config = config_json.checked(replace(config, head=head or config.head))
     device = torch.device(device)
     dtype = choose_dtype(dtype, device).value
     attention = choose_attention(attn_implementation, device, dtype, config.head_size).value
-    # In inference mode the parameters could never be trained.
-    with weights.opened(directory / weights.WEIGHTS) as checkpoint, torch.inference_mode(False):
+    # In inference mode the parameters could never be trained; files are read into CPU memory.
+    with (
+        weights.opened(directory / weights.WEIGHTS) as checkpoint,
+        torch.inference_mode(False),
+        torch.device("cpu"),
+    ):
         check_heads(checkpoint, config.num_attention_heads)
         with Blank():
             made = kind(config, attention)

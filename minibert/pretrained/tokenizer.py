@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,11 @@ class Tokenizer:
             raise MinibertError(
                 f"{source}: unk_token is {backend.model.unk_token!r}: "
                 "use the tokenizer of a BERT, whose unk_token is [UNK]"
+            )
+        if len(set(ids.values())) < len(ids):
+            twice, times = Counter(ids.values()).most_common(1)[0]
+            raise MinibertError(
+                f"{source}: {times} pieces have the number {twice}: fetch the file again"
             )
         if max(ids.values()) != len(ids) - 1:
             raise MinibertError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -250,7 +251,9 @@ def _open(path: Path, stack: ExitStack) -> tuple[dict[str, Stored], dict[str, st
     try:
         file = stack.enter_context(path.open("rb", buffering=0))
         start, header = _header(file)
-        with safe_open(path, framework="pt"):
+        # The library takes no names but UTF-8.
+        is_utf8 = str(path).encode(errors="ignore") == os.fsencode(path)
+        with safe_open(path if is_utf8 else f"/dev/fd/{file.fileno()}", framework="pt"):
             metadata = header.pop("__metadata__", {})
             return {
                 name: Stored(

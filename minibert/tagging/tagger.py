@@ -234,7 +234,9 @@ class Tagger:
         under_way = [(batch, self._scores(batch)) for batch in self._batches(examples)]
 
         def read() -> list[list[Label]]:
-            by_sentence = [torch.empty(len(words), config.num_labels) for words in sentences]
+            # The dtype of ``Scores``; torch's default may be another one.
+            shapes = [(len(words), config.num_labels) for words in sentences]
+            by_sentence = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
             for batch, scores in under_way:
                 parts = scores.wait().split([len(example.firsts) for example in batch.examples])
                 for example, part in zip(batch.examples, parts):

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 from minibert.files import MinibertError, fill_closed_streams, reason
@@ -66,7 +67,8 @@ def status_of(problem: BaseException, program: str) -> int:
             f"{problem.filename or 'standard output'}: {reason(problem)}: "
             "mend that, then continue with --resume"
         )
-    print(f"{program}: {problem}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the disk may be full under standard error, too
+        print(f"{program}: {problem}", file=sys.stderr, flush=True)
     if isinstance(problem, LostProcessError):
         sys.stdout.flush()
         os._exit(2)
