@@ -72,6 +72,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Outpu
     model = BertForTokenClassification.from_pretrained(
         directory,
         labels=labels,
+        head=options.head,
         attn_implementation=options.attn,
         device=team.device,
         seed=options.seed,

@@ -1,4 +1,4 @@
-"""The command line: ``minibert train | tag | trace | evaluate | parity | download | verify ...``.
+"""The command line: ``minibert train | tag | trace | evaluate | compare | parity | ...``.
 
 A command imports what it needs when it runs, so that help and errors appear at once.
 """
@@ -184,6 +184,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity.set_defaults(run=_parity)
 
+    compare = commands.add_parser(
+        "compare", help="train HMM, CRF, BiLSTM-CRF and BERT on one corpus and print a table"
+    )
+    compare.add_argument(
+        "--systems",
+        nargs="+",
+        choices=("hmm", "crf", "bilstm-crf", "bert", "bert-crf"),
+        default=("hmm", "crf", "bilstm-crf", "bert"),
+        help="what to train (default: hmm crf bilstm-crf bert)",
+    )
+    compare.add_argument(
+        "--corpus",
+        choices=("demo", "mit_movie"),
+        default="demo",
+        help="a small generated corpus, or MIT Movie, which takes an hour (default: demo)",
+    )
+    compare.add_argument("--train", metavar="FILE", type=Path, help="a BIO file instead")
+    compare.add_argument("--test", metavar="FILE", type=Path, help="with --train: its test set")
+    compare.add_argument(
+        "--orphans", choices=("refuse", "repair"), default="refuse", help="as for evaluate"
+    )
+    compare.add_argument(
+        "--model", default="minilm", metavar="NAME|DIR", help="of bert (default: minilm)"
+    )
+    compare.add_argument(
+        "--seeds", type=int, nargs="+", default=(0,), metavar="N", help="(default: 0)"
+    )
+    compare.add_argument("--device", default="cpu", help="of bilstm-crf and bert (default: cpu)")
+    compare.add_argument(
+        "--output", metavar="DIR", type=Path, help="keep what was trained (default: keep nothing)"
+    )
+    compare.add_argument("--plot", metavar="FILE", type=Path, help="also draw a bar chart, a PNG")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.set_defaults(run=_compare)
+
     info = commands.add_parser("info", help="show what this machine has and what auto takes")
     info.set_defaults(run=_info)
     return parser
@@ -253,6 +288,26 @@ def _tagger(options: argparse.Namespace, prepack: bool = True):
     return tagger
 
 
+def _system(options: argparse.Namespace):
+    """What a directory holds, a BERT or a baseline, ready to label words and texts.
+
+    Raises:
+        MinibertError: as ``Tagger.from_pretrained``; or an option that a baseline does not have.
+    """
+    from minibert.tagging.saved import OnTexts, baseline, kind_of
+
+    kind = kind_of(options.directory)
+    if kind is None:
+        return _tagger(options)
+    of_bert = (options.attn, options.dtype, options.layout, options.each_word, options.plain)
+    if of_bert != ("auto", "auto", "packed", False, False):
+        raise MinibertError(
+            f"{options.directory}: is a {kind}, not a BERT: leave out --attn, --dtype, --layout, "
+            "--each-word and --plain"
+        )
+    return OnTexts(baseline(kind).from_pretrained(options.directory).to(options.device or "cpu"))
+
+
 def _given(texts: Sequence[str]) -> str:
     """The texts of the command line in one line.
 
@@ -294,7 +349,7 @@ def _tag(options: argparse.Namespace) -> int:
         lines = lines_of(_standard_input(), source)
     device = own_device(options.device)
     options.device = str(device)
-    tagger = _tagger(options)
+    tagger = _system(options)
     with connected(device) as team, _written(options.output if team.is_writer else None) as write:
         tag_lines(team, tagger, lines, source, _as_json if options.json else _marked, write)
     return 0
@@ -402,7 +457,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from minibert.text.bio import read_bio
 
     sentences = read_bio(options.file, options.orphans)
-    report = evaluate(_tagger(options), sentences, options.file)
+    report = evaluate(_system(options), sentences, options.file)
     _show(json.dumps(report.to_dict(), indent=2) if options.json else visible(report.table()))
     return 0
 
@@ -454,6 +509,24 @@ def _parity(options: argparse.Namespace) -> int:
             _show(visible(table(comparison, options.full)) + "\n")
         _show("PASS" if kept else "FAIL")
     return 0 if kept else 1
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from minibert.study import systems
+
+    given = ("train", "test", "corpus", "orphans", "model", "device")
+    chosen = argparse.Namespace(**{name: vars(options)[name] for name in given})
+    plan = systems.Plan(options.systems, options.seeds, chosen, options.output)
+    measured = list(systems.run(plan))
+    if options.plot is not None:
+        systems.write_png(measured, options.plot)
+    if options.json:
+        _show(json.dumps([asdict(run) for run in measured], indent=2))
+    else:
+        _show(systems.table(measured))
+    return 0
 
 
 def _info(options: argparse.Namespace) -> int:

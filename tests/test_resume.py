@@ -31,6 +31,7 @@ MODES = {
     "packed": ("--layout", "packed", "--dtype", "bf16", "--seed", "2", "--bucket", "3"),
     # An average, a scaler, and a last step of a single batch.
     "accumulated": ("--accumulate", "3", "--batch-size", "3", "--dtype", "fp16", "--seed", "3"),
+    "crf": ("--head", "crf", "--dtype", "bf16", "--seed", "4"),
 }
 
 
@@ -69,6 +70,7 @@ def whole(files: Path, tmp_path_factory) -> Path:
     ("mode", "kills_wanted"),
     [
         ("accumulated", 6),
+        ("crf", 3),
         *(pytest.param(mode, 25, marks=pytest.mark.slow) for mode in MODES),
         pytest.param("accumulated", 200, marks=pytest.mark.slow),
     ],

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import unpack_sequence
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
 from minibert.files import MinibertError, read_json, write_text
-from minibert.model.crf import Chain, pack
+from minibert.model.crf import Chain
 from minibert.model.labels import well_formed_chain
 from minibert.pretrained import weights
 from minibert.text.batches import chunks
@@ -50,8 +50,8 @@ class ChainTagger(nn.Module):
             for table, strings in vocabulary.items()
         }
 
-    def scores(self, sentences: Sequence[Words]) -> Tensor:
-        """The score of every label for every word of the sentences, end to end: (N, L)."""
+    def scores(self, sentences: Sequence[Words]) -> PackedSequence:
+        """The score of every state for every word of the sentences, packed: (N, L)."""
         raise NotImplementedError
 
     def label(self, sentences: Iterable[Words]) -> Iterator[list[Label]]:
@@ -67,7 +67,7 @@ class ChainTagger(nn.Module):
             return iter([[] for _ in sentences])
         rules = well_formed_chain(self.state_labels).to(self.chain.start_L)
         chain = Chain(*(a + b for a, b in zip(self.chain.parameters(), rules.parameters())))
-        scores = pack(self.scores(sentences), lengths)
+        scores = self.scores(sentences)
         paths = unpack_sequence(chain.best(scores))
         probabilities = unpack_sequence(chain.probabilities(scores))
         found = (

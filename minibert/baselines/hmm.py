@@ -28,9 +28,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from minibert.baselines.chain_tagger import ChainTagger, Words
-from minibert.model.crf import Chain
+from minibert.model.crf import Chain, pack
 from minibert.text.bio import Sentence, labels_of
 
 # Chosen on every tenth sentence of engtrain.
@@ -109,18 +110,17 @@ class HMM(ChainTagger):
         model.suffix_RL = p_RL.log() - p_L.log()
         return model.float().eval()
 
-    def scores(self, sentences: Sequence[Words]) -> Tensor:
+    def scores(self, sentences: Sequence[Words]) -> PackedSequence:
         """log p(w | y); of unknown words up to a number that is the same for all states: (N, L)."""
         word_row, suffix_row = self.row["words"], self.row["suffixes"]
-        return torch.stack(
-            [
-                self.word_VL[word_row[word]]
-                if word in word_row
-                else self.suffix_RL[[suffix_row[s] for s in suffixes(word) if s in suffix_row][-1]]
-                for words in sentences
-                for word in words
-            ]
-        )
+        row_N = [
+            self.word_VL[word_row[word]]
+            if word in word_row
+            else self.suffix_RL[[suffix_row[s] for s in suffixes(word) if s in suffix_row][-1]]
+            for words in sentences
+            for word in words
+        ]
+        return pack(torch.stack(row_N), [len(words) for words in sentences])
 
 
 def _counts(strings: Sequence[str], tagged: Sequence[tuple[str, int]], L: int) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minibert.files import decoded, lines_of, reading
 from minibert.processes import Team
+from minibert.tagging.saved import OnTexts
 from minibert.tagging.stream import pools, read_ahead
 from minibert.tagging.tagger import Tagger
 from minibert.tagging.words import Entity
@@ -26,7 +27,7 @@ Line = tuple[int, bytes]  # line number from 1, and content with its line feed
 
 def tag_lines(
     team: Team,
-    tagger: Tagger,
+    tagger: Tagger | OnTexts,
     lines: Iterable[Line],
     source: str,
     show: Callable[[str, list[Entity]], str],

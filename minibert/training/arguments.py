@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from minibert.machine import DTYPES
+from minibert.model.heads import TOKEN_HEADS
 from minibert.training.recipe import RECIPES, Recipe
 
 LARGEST_SEED = 10**12  # torch takes 64 bits, and epochs take the seed times 1,000,003
@@ -66,6 +67,13 @@ def parse(
         default="refuse",
         help="what to do with an I- tag that continues no entity in your files: stop, or read it "
         "as B- (default: refuse)",
+    )
+    add(
+        "--head",
+        choices=TOKEN_HEADS,
+        default="linear",
+        help="what labels the words: linear, each on its own; crf: a chain of labels on top of it, "
+        "trained with it (default: linear)",
     )
     add(
         "--attn",
@@ -134,6 +142,8 @@ def parse(
     options = parser.parse_args(argv)
     if options.checkpoint_every < 1 or options.keep < 1:
         parser.error("--checkpoint-every and --keep must be above 0")
+    if options.graphs and options.head != "linear":
+        parser.error("--graphs needs --head linear: a chain of labels has no fixed length")
     if abs(options.seed) > LARGEST_SEED:
         parser.error(f"--seed must be between -{LARGEST_SEED} and {LARGEST_SEED}")
     given = {name: vars(options)[name] for name in fields if vars(options)[name] is not None}

@@ -131,8 +131,8 @@ def identity(
 
     Args:
         run, recipe: as chosen.
-        options: seed and graphs of the command line. (For CUDA graphs batches are filled up, which
-            draws other dropout masks.)
+        options: seed, head and graphs of the command line. (For CUDA graphs batches are filled up,
+            which draws other dropout masks.)
         dtype: of autocast.
         directory: of the model to train; the content of its files counts, not their names.
         parts: the sentences by purpose; they count, not the files' names.
@@ -143,6 +143,8 @@ def identity(
         "attention": run.model.attn_implementation,
         "AdamW": type(run.optimizer).__name__,
     }
+    if options.head != "linear":
+        values["head"] = options.head
     if options.graphs:
         values["CUDA graphs"] = "on"
     values[SETTINGS] = "absent"
