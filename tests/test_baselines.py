@@ -35,7 +35,7 @@ def systems() -> dict[str, ChainTagger]:
     trained = {
         "hmm": HMM.fit(TRAIN),
         "crf": CRF.fit(TRAIN, iterations=30),
-        "bilstm-crf": BiLSTMCRF.fit(TRAIN, epochs=10),
+        "bilstm-crf": BiLSTMCRF.fit(TRAIN, epochs=20),
     }
     torch.set_num_threads(threads)
     return trained
@@ -55,7 +55,7 @@ def test_a_system_learns_and_labels_well_formed(systems: dict, kind: str) -> Non
     for labels in found:
         tags = ["O", *(label.name for label in labels)]
         assert all(may_follow(b, a) for a, b in itertools.pairwise(tags))
-        assert all(0 < label.score <= 1 + 1e-5 for label in labels)
+        assert all(0 < label.score <= 1 for label in labels)
     assert list(system.label([])) == []
 
 

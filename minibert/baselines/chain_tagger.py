@@ -67,7 +67,9 @@ class ChainTagger(nn.Module):
             return iter([[] for _ in sentences])
         rules = well_formed_chain(self.state_labels).to(self.chain.start_L)
         chain = Chain(*(a + b for a, b in zip(self.chain.parameters(), rules.parameters())))
+        chain.double()  # log Z of a long sentence is large
         scores = self.scores(sentences)
+        scores = scores._replace(data=scores.data.double())
         paths = unpack_sequence(chain.best(scores))
         probabilities = unpack_sequence(chain.probabilities(scores))
         found = (
@@ -107,6 +109,8 @@ class ChainTagger(nn.Module):
                 raise ValueError(f"model_type is {config['model_type']!r}")
             made = cls(config["labels"], vocabulary, **config["settings"])
             made.load_state_dict(tensors)
+            if unknown := set(made.state_labels) - set(made.labels):
+                raise ValueError(f"labels lack {sorted(unknown)}")
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise MinibertError(
                 f"{folder}: not a {cls.kind} that minibert saved ({error}): {remedy}"

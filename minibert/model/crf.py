@@ -54,7 +54,7 @@ class Chain(nn.Module):
         """
         data_NL = scores.data.detach().clone().requires_grad_()
         log_Z_B = self.log_partition(scores._replace(data=data_NL))
-        return scores._replace(data=torch.autograd.grad(log_Z_B.sum(), data_NL)[0])
+        return scores._replace(data=torch.autograd.grad(log_Z_B.sum(), data_NL)[0].clamp(max=1))
 
     @torch.no_grad()
     def best(self, scores: PackedSequence) -> PackedSequence:

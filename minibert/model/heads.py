@@ -82,12 +82,12 @@ class CRFHead(TokenClassificationHead):
     @torch.inference_mode(False)  # probabilities are gradients
     def decode(self, scores_WL: Tensor, well_formed: bool = True) -> tuple[list[int], list[float]]:
         """The most probable sequence, and the probability of each of its labels."""
-        weights = [weight.detach().float().cpu() for weight in self.crf.parameters()]
+        weights = [weight.detach().double().cpu() for weight in self.crf.parameters()]
         if well_formed:
             rules = well_formed_chain(self.labels).parameters()
             weights = [weight + rule for weight, rule in zip(weights, rules)]
         chain = Chain(*weights)
-        scores = pack(scores_WL, [len(scores_WL)])
+        scores = pack(scores_WL.double(), [len(scores_WL)])
         ids = chain.best(scores).data.tolist()
         return ids, chain.probabilities(scores).data[range(len(ids)), ids].tolist()
 

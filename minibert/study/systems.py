@@ -24,7 +24,7 @@ from minibert.tagging.evaluate import evaluate
 from minibert.tagging.saved import BASELINES, baseline
 from minibert.tagging.tagger import Tagger
 from minibert.text.labelling import WordTagger
-from minibert.training.corpus import corpus
+from minibert.training.corpus import Part, corpus
 from minibert.training.loop import main as train_bert
 
 BERTS = {"bert": "linear", "bert-crf": "crf"}  # name: head
@@ -78,6 +78,7 @@ def run(plan: Plan) -> Iterator[Measured]:
     Raises:
         MinibertError: a file is missing or wrong, or a training fails.
     """
+    _corpus(plan.options)  # refused here, not in the first process
     context = multiprocessing.get_context("spawn")
     for system in plan.systems:
         for seed in plan.seeds[:1] if system in SEEDLESS else plan.seeds:
@@ -89,9 +90,7 @@ def measure(system: str, seed: int, plan: Plan) -> Measured:
     """Train and test one system in this process; what it prints goes to standard error."""
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
         folder = (plan.output or Path(scratch)) / f"{system}-{seed}"
-        training, parts = corpus(argparse.Namespace(**vars(plan.options), dev=None, seed=seed))
-        if "test" not in parts:
-            raise MinibertError("--train needs --test: name the BIO file to compare on")
+        training, test = _corpus(plan.options)
         started = time.perf_counter()
         if system in BERTS:
             tagger, parameters = _bert(system, seed, plan.options, folder)
@@ -102,7 +101,6 @@ def measure(system: str, seed: int, plan: Plan) -> Measured:
             tagger.save_pretrained(folder)
             parameters = sum(x.numel() for x in tagger.state_dict().values())
         seconds = time.perf_counter() - started
-        test = parts["test"]
         report = evaluate(tagger, test.sentences, test.source)
         return Measured(
             system,
@@ -115,6 +113,13 @@ def measure(system: str, seed: int, plan: Plan) -> Measured:
             _speed(tagger, [sentence.words for sentence in test.sentences]),
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
+
+
+def _corpus(options: argparse.Namespace) -> tuple[Part, Part]:
+    training, parts = corpus(argparse.Namespace(**vars(options), dev=None, seed=0))
+    if "test" not in parts:
+        raise MinibertError("--train needs --test: name the BIO file to compare on")
+    return training, parts["test"]
 
 
 def _bert(system: str, seed: int, options: argparse.Namespace, folder: Path) -> tuple[Tagger, int]:
