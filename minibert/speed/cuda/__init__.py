@@ -90,9 +90,9 @@ def attend_padded(
     Returns:
         Context (N, H, K), zero at padding; so a fully masked row is finite.
     """
-    context = attend_packed(
-        q_NHK[tokens], k_NHK[tokens], v_NHK[tokens], starts, max_length, dropout_p
-    )
+    # Not q_NHK[tokens], whose gradient sorts the indices.
+    qkv = (x_NHK.index_select(0, tokens) for x_NHK in (q_NHK, k_NHK, v_NHK))
+    context = attend_packed(*qkv, starts, max_length, dropout_p)
     return context.new_zeros(q_NHK.shape).index_copy(0, tokens, context)
 
 

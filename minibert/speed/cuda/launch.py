@@ -110,10 +110,15 @@ def _kernel(file: str, name: str, arch: str, defines: tuple[tuple[str, int], ...
 
 
 @lru_cache
-def _stream(handle: int):
-    from cuda.core import Stream
+def _core():
+    import cuda.core
 
-    return Stream.from_handle(handle)
+    return cuda.core
+
+
+@lru_cache
+def _stream(handle: int):
+    return _core().Stream.from_handle(handle)
 
 
 def enqueue(launch: Launch) -> None:
@@ -124,21 +129,19 @@ def enqueue(launch: Launch) -> None:
     Raises:
         BuildError: the kernel is not cached and cannot be compiled.
     """
-    from cuda.core import Device, LaunchConfig
-    from cuda.core import launch as start
-
     device = next(x.device for x in launch.parameters.values() if isinstance(x, Tensor))
     defines = tuple(sorted(launch.defines.items()))
     kernel = _kernel(launch.file, launch.kernel, architecture(device), defines)
     before = torch.cuda.current_device()
     here = before if device.index is None else device.index
     stream = _stream(torch.cuda.current_stream(here).cuda_stream)
-    config = LaunchConfig(grid=launch.grid, block=launch.threads)
+    core = _core()
+    config = core.LaunchConfig(grid=launch.grid, block=launch.threads)
     # torch and cuda-core share the device's primary context, which may not be current yet in
     # autograd's threads.
-    Device(here).set_current()
+    core.Device(here).set_current()
     try:
-        start(stream, config, kernel, *pack(launch.parameters))
+        core.launch(stream, config, kernel, *pack(launch.parameters))
     finally:
         if before != here:
-            Device(before).set_current()
+            core.Device(before).set_current()

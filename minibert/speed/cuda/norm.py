@@ -95,7 +95,8 @@ def backward(
     dx_ND, d_residual_ND = torch.empty_like(x_ND), torch.empty_like(residual_ND)
     blocks = min(-(-N // ROWS), BLOCKS)
     partial = x_ND.new_empty((blocks, 2, D), dtype=torch.float32)
-    sums_2D = x_ND.new_zeros((2, D), dtype=torch.float32)
+    new = x_ND.new_empty if N else x_ND.new_zeros
+    sums_2D = new((2, D), dtype=torch.float32)
     dropout = launch.dropout(dropout_p)
     parameters: dict[str, launch.Parameter] = {
         "dy": launch.aligned(dy_ND.to(residual_ND.dtype)),

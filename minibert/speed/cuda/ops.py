@@ -1,8 +1,9 @@
-"""The kernels as operators of torch: ``torch.ops.minibert.attention`` and ``add_norm``.
+"""The kernels as functions of torch: with gradients, and as operators for ``torch.compile``.
 
-Autograd, autocast, ``torch.compile`` and CUDA graphs treat them like torch's own operators:
-functions of tensors with known shapes and no hidden state. The dropout mask is a function of
-``seed``, a tensor, so a graph that draws a new seed applies a new mask.
+An operator, ``torch.ops.minibert.attention``, tells a compiler its shapes and that it has no hidden
+state. Eager calls take the short way, ``autograd.Function`` or, without gradients, none: with small
+batches a GPU waits for the host. The dropout mask is a function of ``seed``, a tensor, so a CUDA
+graph that draws a new seed applies a new mask.
 
 Shape legend: see model/layout.py.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef, custom_op
 
 from minibert.speed.cuda import attention, norm
@@ -68,6 +70,23 @@ attention_forward.register_autograd(_gradient, setup_context=_save)
 torch.library.register_autocast("minibert::attention", "cuda", torch.float16)
 
 
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        q_NHK, k_NHK, v_NHK, starts, seed, ctx.max_length, ctx.dropout_p = inputs
+        context_NHK, lse_HN = attention.forward(*inputs)
+        ctx.save_for_backward(q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed)
+        return context_NHK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_context_NHK: Tensor) -> tuple[Tensor | None, ...]:
+        grad_N3HK = attention.backward(
+            d_context_NHK, *ctx.saved_tensors, ctx.max_length, ctx.dropout_p
+        )
+        return (*grad_N3HK.unbind(1), None, None, None, None)
+
+
 def attend(
     q_NHK: Tensor,
     k_NHK: Tensor,
@@ -77,10 +96,10 @@ def attend(
     dropout_p: float,
 ) -> Tensor:
     """Attention over packed sentences; arguments as for ``attend_packed``."""
-    seed = _seed(q_NHK, dropout_p)
-    return torch.ops.minibert.attention(
-        q_NHK, k_NHK, v_NHK, starts, seed, max_length, dropout_p
-    )[0]  # fmt: skip
+    inputs = (q_NHK, k_NHK, v_NHK, starts, _seed(q_NHK, dropout_p), max_length, dropout_p)
+    if torch.compiler.is_compiling():
+        return torch.ops.minibert.attention(*inputs)[0]
+    return _Attention.apply(*inputs) if torch.is_grad_enabled() else attention.forward(*inputs)[0]
 
 
 def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -138,6 +157,22 @@ def _norm_gradient(ctx: Any, dy_ND: Tensor, *_statistics: Tensor) -> tuple[Tenso
 add_norm_forward.register_autograd(_norm_gradient, setup_context=_save_norm)
 
 
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x_ND, residual_ND, weight_D, _bias_D, seed, _eps, ctx.dropout_p = inputs
+        y_ND, mean_N, scale_N = norm.forward(*inputs)
+        ctx.save_for_backward(x_ND, residual_ND, weight_D, mean_N, scale_N, seed)
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        dx_ND, d_residual_ND, sums_2D = norm.backward(dy_ND, *ctx.saved_tensors, ctx.dropout_p)
+        dweight_D, dbias_D = sums_2D.to(ctx.saved_tensors[2].dtype).unbind(0)
+        return dx_ND, d_residual_ND, dweight_D, dbias_D, None, None, None
+
+
 def add_norm(
     x_ND: Tensor,
     residual_ND: Tensor,
@@ -147,7 +182,7 @@ def add_norm(
     dropout_p: float,
 ) -> Tensor:
     """LayerNorm(dropout(x) + residual); arguments as for ``norm.forward``."""
-    seed = _seed(x_ND, dropout_p)
-    return torch.ops.minibert.add_norm(
-        x_ND, residual_ND, weight_D, bias_D, seed, eps, dropout_p
-    )[0]  # fmt: skip
+    inputs = (x_ND, residual_ND, weight_D, bias_D, _seed(x_ND, dropout_p), eps, dropout_p)
+    if torch.compiler.is_compiling():
+        return torch.ops.minibert.add_norm(*inputs)[0]
+    return _AddNorm.apply(*inputs) if torch.is_grad_enabled() else norm.forward(*inputs)[0]
