@@ -7,6 +7,7 @@ says which.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -91,6 +92,30 @@ def test_reports_of_the_emulator(name: str, machine: Emulator) -> None:
         else:
             with pytest.raises(EmulationError, match=message):
                 machine.run(small(name, threads), ["out"], order)
+
+
+def test_halves_are_rounded_as_torch_rounds_them(machine: Emulator) -> None:
+    """Every half, its neighbours in float32, the midpoints between halves, and random numbers."""
+    positive = torch.arange(0x7C00).short().view(torch.float16).float()
+    halves = torch.cat([positive, -positive])
+    middles = (halves[1:] + halves[:-1]) / 2
+    bits = torch.randint(-(2**31), 2**31, (20000,), generator=torch.Generator().manual_seed(0))
+    values = torch.cat(
+        [
+            *(x.nextafter(torch.tensor(to)) for x in (halves, middles) for to in (-1e9, 1e9)),
+            halves,
+            middles,
+            bits.int().view(torch.float32),
+            torch.tensor([float("inf"), -float("inf"), 65519.996, 65520.0, 1e30, 2**-25, 2**-26]),
+        ]
+    )
+    got = torch.empty(len(values), dtype=torch.float16)
+    machine.library.emulator_halves(
+        ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(got.data_ptr()), len(values)
+    )
+    want = values.half()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(0).view(torch.int16), want.nan_to_num(0).view(torch.int16))
 
 
 def test_a_launch_unlike_the_declaration_is_refused(machine: Emulator) -> None:

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels on the CPU: their source, compiled with g++ against ``emulator.h``.
+"""Runs the CUDA kernels on the CPU: their source, compiled against ``emulator.h``.
 
 Importing this package gives the kernels a CPU side: ``launch.enqueue`` runs launches on CPU tensors
 in the emulator, and torch's operators accept CPU tensors.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import random
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ _BUILDING = Lock()
 _ORDERS = random.Random(0)  # not torch's generator, whose state the tests look at
 # -Og: these kernels take longer to compile than to run. _FORTIFY_SOURCE forbids longjmp between
 # stacks, which is how fibers switch.
-_GCC = ("g++", "-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", "-Og")
+_COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", "-Og")
 
 
 class EmulationError(AssertionError):
@@ -51,7 +52,7 @@ def _header() -> Path:
     """``emulator.h`` precompiled: it takes longer than the kernels."""
     header = Path(_BUILDS.name) / "emulator.h"
     header.write_text((Path(__file__).parent / "emulator.h").read_text())
-    command = [*_GCC, "-w", "-x", "c++-header", str(header), "-o", f"{header}.gch"]
+    command = [*_COMPILER, "-w", "-x", "c++-header", str(header), "-o", f"{header}.gch"]
     subprocess.run(command, check=True)
     return header
 
@@ -70,7 +71,18 @@ class Emulator:
         library = Path(_BUILDS.name) / f"{digest}.so"
         with _BUILDING:
             header = _header()
-        command = [*_GCC, *macros, "-include", header, "-shared", "-x", "c++", "-", "-o", library]
+        command = [
+            *_COMPILER,
+            *macros,
+            "-include",
+            header,
+            "-shared",
+            "-x",
+            "c++",
+            "-",
+            "-o",
+            library,
+        ]
         subprocess.run(command, input=text.encode(), check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_launch.restype = ctypes.c_char_p

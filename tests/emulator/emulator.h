@@ -308,11 +308,18 @@ static float half_to_float(f16 bits) {
   return table[bits];
 }
 
+// In software: g++ knows _Float16 from version 13 on.
 static f16 float_to_half(float value) {
-  const _Float16 half = (_Float16)value;
-  f16 bits;
-  memcpy(&bits, &half, sizeof bits);
-  return bits;
+  u32 bits;
+  memcpy(&bits, &value, sizeof bits);
+  const u32 sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (magnitude >= 0x47800000) return sign | 0x7c00;  // 2^16 and above
+  if (magnitude < 0x38800000) {                       // below 2^-14, where halves are 2^-24 apart
+    return sign | (u32)std::nearbyint(std::ldexp(std::fabs(value), 24));
+  }
+  // Another bias of the exponent, and 13 bits less: to nearest, ties to even.
+  return sign | (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
 }
 
 static float half_of(u32 word, int which) { return half_to_float((f16)(word >> (16 * which))); }
@@ -536,6 +543,10 @@ void emulator_add_view(const char* name, void* base, int64_t rows, int64_t row_b
   emulator::views.push_back(
       {name, (uintptr_t)base, rows, row_bytes, stride, (emulator::View::Role)role, {}});
   if (role) emulator::views.back().written.assign(rows * row_bytes, false);
+}
+
+void emulator_halves(const float* values, f16* halves, int count) {
+  for (int i = 0; i < count; i++) halves[i] = emulator::float_to_half(values[i]);
 }
 
 uint64_t emulator_bank_conflicts() { return emulator::bank_conflicts; }
