@@ -19,7 +19,7 @@ endif
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot,docs]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot,docs,cpu-kernels]'
 	touch $@
 
 weights/minilm/model.safetensors: | $(SETUP)

@@ -1,7 +1,7 @@
-"""Speed on the GPU at hand: attention alone, then BERT-base on MIT Movie, in float16.
+"""Speed on the GPU at hand: the kernels alone, then BERT-base on MIT Movie, in float16.
 
     make gpu-bench                                      everything
-    python -m benchmarks.gpu_bench --only attention     without the models
+    python -m benchmarks.gpu_bench --only inference     one part
     python -m benchmarks.gpu_bench --tiny               a rehearsal on the CPU that writes nothing
 
 Each part is a pytest-benchmark module in its own process. Contenders alternate within one run;
@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -26,13 +27,23 @@ from benchmarks import runs
 from benchmarks.bench import run_part
 from minibert.files import MinibertError
 
-PARTS = ("attention", "models")
+# What pytest gets for each part.
+PARTS = {
+    "attention": ("gpu_attention",),
+    "norm": ("gpu_norm",),
+    "inference": ("gpu_models", "-k", "inference"),
+    "training": ("gpu_models", "-k", "training"),
+}
+PACKAGES = (
+    "transformers", "tokenizers", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str | None]:
     """Of CUDA and of the packages that matter beside torch; None: not installed."""
     found: dict[str, str | None] = {"cuda": torch.version.cuda}
-    for name in ("transformers", "tokenizers", "cuda-core"):
+    for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -58,11 +69,12 @@ def gpu() -> dict[str, Any]:
 def add(result: dict[str, Any], part: str, plan: str) -> None:
     """Run a part and add what its tests found."""
     timer = "--benchmark-timer=benchmarks.gpu_plan.clock"
-    tests, failure = run_part(f"gpu_{part}", "--plan", plan, timer)
+    module, *selection = PARTS[part]
+    tests, failure = run_part(module, *selection, "--plan", plan, timer)
     found: dict[str, Any] = {"rows": []}
     for test in tests.values():
         del test["contenders"]
-        result["ceiling"] = test.pop("ceiling")
+        result.setdefault("ceilings", {})[part] = test.pop("ceiling")
         found = found | test | {"rows": found["rows"] + test["rows"]}
     if found["rows"]:
         result[part] = found
@@ -76,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU, write nothing")
     options = parser.parse_args(arguments)
-    parts = (options.only,) if options.only else PARTS
+    parts = (options.only,) if options.only else tuple(PARTS)
     if options.tiny:
         result: dict[str, Any] = {"rehearsal": True, "versions": versions()}
         for part in parts:
@@ -90,10 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {"versions": versions(), "gpu_before": gpu()}
     result["capability"] = list(torch.cuda.get_device_capability())
     for part in parts:
+        print(f"== {part}", flush=True)
+        started = time.monotonic()
         add(result, part, "full")
-        result["gpu_after"] = gpu()
+        result.setdefault("seconds", {})[part] = round(time.monotonic() - started)
+        result.setdefault("gpu_after", {})[part] = gpu()
         path = runs.keep(name, result)
-    print(json.dumps({"written": str(path)} | result.get("ceiling", {})))
+    print(json.dumps({"written": str(path)} | result.get("ceilings", {})))
     return 1 if "left_out" in result else 0
 
 

@@ -29,6 +29,7 @@ class Plan(NamedTuple):
     steps: int  # training steps in a turn
     lengths: dict[str, list[int]]  # batches of random tokens
     attention: dict[str, list[int]]  # batches of attention alone
+    rows: tuple[int, ...]  # tokens of dropout, residual and LayerNorm alone
     turns: int
     product: int  # side of the ceiling's matrices
     copied: int  # bytes of the ceiling's copy
@@ -36,7 +37,9 @@ class Plan(NamedTuple):
 
 def full() -> Plan:
     """Everything, on the GPU."""
-    fixed = {"128": [128] * 32, "512": [512] * 8}
+    # FasterTransformer's shapes; with padding removed its lengths are half of 128 on average.
+    fixed = {f"32 x {length}": [length] * 32 for length in (32, 128, 384)}
+    fixed |= {"1 x 128": [128], "32 x up to 128": list(range(4, 132, 4))}
     return Plan(
         device=torch.device("cuda", torch.cuda.current_device()),
         dtype=torch.float16,
@@ -46,8 +49,13 @@ def full() -> Plan:
         shape={},
         test_sentences=None,
         steps=40,
-        lengths=fixed,
-        attention={"about 12, mixed": short_queries(256)} | fixed,
+        lengths={"256 x about 12": short_queries(256)} | fixed,
+        attention={
+            "about 12, mixed": short_queries(256),
+            "32 x 128": [128] * 32,
+            "8 x 512": [512] * 8,
+        },
+        rows=(400, 4096),
         turns=9,
         product=4096,
         copied=2**28,
@@ -70,6 +78,7 @@ def tiny() -> Plan:
         steps=6,
         lengths={"8": [8] * 4},
         attention={"mixed": [3, 9, 5], "8": [8, 8]},
+        rows=(8,),
         turns=2,
         product=64,
         copied=2**16,

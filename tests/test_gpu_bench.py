@@ -24,7 +24,9 @@ def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert gpu_bench.main(["--tiny"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["rehearsal"] is True
-    assert all(value > 0 for value in result["ceiling"].values())
+    assert result["ceilings"].keys() == gpu_bench.PARTS.keys()
+    assert all(value > 0 for part in result["ceilings"].values() for value in part.values())
+    assert result["versions"]["cuda-bindings"]
 
     attention = result["attention"]["rows"]
     assert {row["path"] for row in attention} >= {"own kernels", "sdpa efficient, padded"}
@@ -36,15 +38,21 @@ def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         operations = row["forward_tflops"] * row["forward_ms"]
         assert row["both_tflops"] * row["both_ms"] == pytest.approx(3.5 * operations)
 
-    models = result["models"]
-    assert models["weights"].startswith("random (seed 0), 1 layers of 32")
-    assert models["minibert_attention"] == "sdpa: requested"
-    rows = models["rows"]
+    norm = {row["path"]: row for row in result["norm"]["rows"]}
+    assert norm["three of torch"]["both_ms"] > norm["three of torch"]["forward_ms"]
+    assert norm["own kernels"]["not_available"]
+
+    for part in ("inference", "training"):
+        assert result[part]["weights"].startswith("random (seed 0), 1 layers of 32")
+        assert result[part]["minibert_attention"] == "sdpa: requested"
+    rows = result["inference"]["rows"] + result["training"]["rows"]
     sides = ["minibert sdpa, packed", "transformers sdpa, padded"]
     assert [row["model"] for row in rows] == 3 * sides
     for row in rows:
         what = "train" if "training" in row["batch"] else "infer"
         assert len(row["all_ms"]) == 2
+        assert row["host_ms_a_batch"] > 0
+        assert row["predicted_ms_a_batch"] is None
         speed = 1000 * row["tokens"] / (row[f"{what}_ms_a_batch"] * row["batches"])
         assert row[f"{what}_tokens_s"] == pytest.approx(speed)
         if what == "infer":
@@ -75,7 +83,10 @@ def test_without_a_gpu_it_says_so() -> None:
 def test_what_the_notebook_compares_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     plan = gpu_plan.full()
-    assert plan.lengths["128"] == 32 * [128]
+    for length in (32, 128, 384):
+        assert plan.lengths[f"32 x {length}"] == 32 * [length]
+    assert sum(plan.lengths["32 x up to 128"]) / 32 == 66
+    assert {*gpu_models.PREDICTED_T4_MS} <= {*plan.lengths, "mit_movie training"}
     assert (plan.corpus, plan.attn, plan.dtype) == ("mit_movie", "fused", torch.float16)
 
 

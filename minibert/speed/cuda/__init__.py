@@ -91,9 +91,10 @@ def attend_padded(
         Context (N, H, K), zero at padding; so a fully masked row is finite.
     """
     # Not q_NHK[tokens], whose gradient sorts the indices.
-    qkv = (x_NHK.index_select(0, tokens) for x_NHK in (q_NHK, k_NHK, v_NHK))
-    context = attend_packed(*qkv, starts, max_length, dropout_p)
-    return context.new_zeros(q_NHK.shape).index_copy(0, tokens, context)
+    shape = q_NHK.shape
+    q_NHK, k_NHK, v_NHK = (x_NHK.index_select(0, tokens) for x_NHK in (q_NHK, k_NHK, v_NHK))
+    context = attend_packed(q_NHK, k_NHK, v_NHK, starts, max_length, dropout_p)
+    return context.new_zeros(shape).index_copy(0, tokens, context)
 
 
 def add_norm(

@@ -81,9 +81,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_context_NHK: Tensor) -> tuple[Tensor | None, ...]:
+        q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed = ctx.saved_tensors
         grad_N3HK = attention.backward(
-            d_context_NHK, *ctx.saved_tensors, ctx.max_length, ctx.dropout_p
-        )
+            d_context_NHK, q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed,
+            ctx.max_length, ctx.dropout_p,
+        )  # fmt: skip
         return (*grad_N3HK.unbind(1), None, None, None, None)
 
 
@@ -168,8 +170,11 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        dx_ND, d_residual_ND, sums_2D = norm.backward(dy_ND, *ctx.saved_tensors, ctx.dropout_p)
-        dweight_D, dbias_D = sums_2D.to(ctx.saved_tensors[2].dtype).unbind(0)
+        x_ND, residual_ND, weight_D, mean_N, scale_N, seed = ctx.saved_tensors
+        dx_ND, d_residual_ND, sums_2D = norm.backward(
+            dy_ND, x_ND, residual_ND, weight_D, mean_N, scale_N, seed, ctx.dropout_p
+        )
+        dweight_D, dbias_D = sums_2D.to(weight_D.dtype).unbind(0)
         return dx_ND, d_residual_ND, dweight_D, dbias_D, None, None, None
 
 
