@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +27,11 @@ def code(notebook: Path) -> list[dict]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def run(name: str) -> dict:
-    """Run all cells; returns their variables."""
+def run(name: str, before: dict[int, str] | None = None) -> dict:
+    """Run all cells, and ``before`` a cell of that number more code; returns their variables."""
     names: dict = {}
     for number, cell in enumerate(code(ROOT / "notebooks" / name)):
+        exec((before or {}).get(number, ""), names)
         exec(compile("".join(cell["source"]), f"{name}, code cell {number}", "exec"), names)
     return names
 
@@ -31,12 +39,70 @@ def run(name: str) -> dict:
 def test_the_t4_notebook_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """All parts that need no GPU, and one more that fails."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("MINIBERT_TINY", str(small_checkpoint(tmp_path, BertForMaskedLM)))
-    names = run("t4.ipynb")
+    monkeypatch.setenv("MINIBERT_TINY", str(small_checkpoint(tmp_path / "tiny", BertForMaskedLM)))
+    monkeypatch.setenv("MINIBERT_WORK", str(tmp_path / "work"))
+    names = run("t4.ipynb", before={4: 'part("broken", "-c", "print(1); raise SystemExit(3)")'})
     printed = capsys.readouterr().out
+    assert "auto attn" in printed, "the output of a part is shown"
     assert "FasterTransformer, padding removed" in printed
-    assert isinstance(names["report"], dict)
+    assert "130,446  published" in printed
+    assert names["report"]
+    assert names["failed"].keys() == {"broken"}
+    assert "FAILED: broken: exit status 3" in printed
+    assert (tmp_path / "work" / "model" / "last" / "model.safetensors").is_file()
+    with zipfile.ZipFile(names["archive"]) as files:
+        assert {"info.txt", "train.txt", "report.json", "broken.txt"} <= {*files.namelist()}
+        assert files.read("broken.txt") == b"1\n"
+
+
+@pytest.mark.parametrize("where", ["", "minibert", "archive"])
+def test_the_t4_notebook_finds_the_project(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout, beside one, or from an uploaded archive; else it says what to do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIBERT_WORK", str(tmp_path / "work"))
+    first = "".join(code(ROOT / "notebooks" / "t4.ipynb")[0]["source"])
+    with pytest.raises(RuntimeError, match=r"upload minibert-.* or set ADDRESS"):
+        exec(first, {})
+    folder = tmp_path / ("minibert-0.1.0" if where == "archive" else where)
+    folder.mkdir(exist_ok=True)
+    (folder / "train.py").touch()
+    if where == "archive":
+        with tarfile.open("minibert-0.1.0.tar.gz", "w:gz") as files:
+            files.add(folder, folder.name)
+        shutil.rmtree(folder)
+    exec(first, {})
+    assert Path.cwd() == folder
+
+
+def test_the_t4_notebook_stops_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    guard = "".join(code(ROOT / "notebooks" / "t4.ipynb")[1]["source"])
+    with pytest.raises(RuntimeError, match="STOP: "):
+        exec(guard, {"sys": sys, "subprocess": subprocess, "TINY": ""})
+
+
+def test_the_t4_notebook_keeps_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On Colab's image cuda-core is too old: it alone is installed, with the rest held."""
+    have = {"cuda-core": "0.3.2", "cuda-bindings": "12.9.7", "torch": "2.11.0+cu128"}
+    monkeypatch.setattr(metadata, "version", lambda name: have.get(name, "99.0"))
+    found = [SimpleNamespace(metadata={"Name": n}, version=v) for n, v in have.items()]
+    monkeypatch.setattr(metadata, "distributions", lambda: found)
+    cells = ["".join(cell["source"]) for cell in code(ROOT / "notebooks" / "t4.ipynb")]
+    ran: list[tuple] = []
+    names = {"TINY": "", "WORK": tmp_path, "part": lambda *arguments: ran.append(arguments)}
+    names |= {"version": metadata.version, "distributions": metadata.distributions}
+    names |= {"PackageNotFoundError": metadata.PackageNotFoundError}
+    exec(cells[2], names)
+    install = next(arguments for arguments in ran if arguments[0] == "install")
+    assert install[-1] == "cuda-core>=1.0,<1.3"
+    assert sum(">=" in str(argument) for argument in install) == 1
+    kept = (tmp_path / "kept.txt").read_text().split()
+    assert kept == ["cuda-bindings==12.9.7", "torch==2.11.0+cu128"]
 
 
 def test_inside_bert_runs_and_shows_what_it_says(
