@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from minibert.pretrained.tokenizer import Tokenizer as Tokenizer
     from minibert.study.parity.compare import compare as compare
     from minibert.study.trace import trace as trace
+    from minibert.tagging.embedder import Embedder as Embedder
     from minibert.tagging.evaluate import evaluate as evaluate
     from minibert.tagging.tagger import Tagger as Tagger
     from minibert.tagging.words import Entity as Entity
@@ -30,6 +31,7 @@ _HOME = {
     "BertConfig": "model.config",
     "BertForMaskedLM": "model.heads",
     "BertForTokenClassification": "model.heads",
+    "Embedder": "tagging.embedder",
     "Entity": "tagging.words",
     "Label": "tagging.words",
     "MinibertError": "files",

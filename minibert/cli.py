@@ -1,4 +1,4 @@
-"""The command line: ``minibert train | tag | trace | evaluate | compare | parity | ...``.
+"""The command line: ``minibert train | tag | embed | trace | evaluate | compare | parity | ...``.
 
 A command imports what it needs when it runs, so that help and errors appear at once.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from minibert import __version__
 from minibert.files import (
@@ -29,6 +29,12 @@ from minibert.files import (
     visible,
 )
 from minibert.speed.memory import use_huge_pages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minibert.processes import Team
+    from minibert.tagging.lines import Line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,17 +94,33 @@ def _parser() -> argparse.ArgumentParser:
     tag.add_argument("directory", metavar="DIR", help="a model directory, such as runs/demo/best")
     tag.add_argument("text", nargs="*", help="a sentence (default: standard input, one per line)")
     tag.add_argument("--json", action="store_true", help="print JSON")
-    tag.add_argument(
-        "--file",
-        metavar="IN",
-        type=Path,
-        help="read sentences from this file, one per line; processes of torchrun share it",
-    )
-    tag.add_argument(
-        "--output", metavar="OUT", type=Path, help="write atomically to this file (default: print)"
-    )
+    _lines(tag)
     _running(tag)
+    _labelling(tag)
     tag.set_defaults(run=_tag)
+
+    embed = commands.add_parser("embed", help="turn texts into vectors, whose dot product compares")
+    embed.add_argument(
+        "directory",
+        metavar="NAME|DIR",
+        help="a name that `minibert download` knows, such as minilm, or a model directory",
+    )
+    embed.add_argument("text", nargs="*", help="a text (default: standard input, one per line)")
+    _lines(embed)
+    embed.add_argument(
+        "--npy",
+        action="store_true",
+        help="with --output: write a NumPy array, a float32 row per text, instead of JSON lines",
+    )
+    embed.add_argument(
+        "--max-length",
+        metavar="N",
+        type=int,
+        help="word-pieces of a text that are read; the rest is cut off, and said (default: 256, as "
+        "sentence-transformers does with MiniLM, or what the model has)",
+    )
+    _running(embed, dtype="fp32")
+    embed.set_defaults(run=_embed)
 
     trace = commands.add_parser("trace", help="show attention and labels of a text, layer by layer")
     trace.add_argument("directory", metavar="DIR", help="a model directory, such as runs/demo/best")
@@ -114,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a text longer than the model: the window to show (default: 1)",
     )
     _running(trace)
+    _labelling(trace)
     trace.set_defaults(run=_trace)
 
     evaluate = commands.add_parser("evaluate", help="score a model on a BIO file")
@@ -131,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _running(evaluate)
+    _labelling(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     download = commands.add_parser("download", help="download a pinned checkpoint or corpus")
@@ -224,8 +248,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _running(command: argparse.ArgumentParser) -> None:
+def _lines(command: argparse.ArgumentParser) -> None:
+    """The options of commands that read line by line."""
+    command.add_argument(
+        "--file",
+        metavar="IN",
+        type=Path,
+        help="read sentences from this file, one per line; processes of torchrun share it",
+    )
+    command.add_argument(
+        "--output", metavar="OUT", type=Path, help="write atomically to this file (default: print)"
+    )
+
+
+def _running(command: argparse.ArgumentParser, dtype: str = "auto") -> None:
     """The options of every command that runs a model."""
+    default = "auto, the fastest that the hardware has" if dtype == "auto" else dtype
     command.add_argument(
         "--attn",
         choices=("auto", "eager", "sdpa", "fused"),
@@ -235,17 +273,21 @@ def _running(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="of weights and computation (default: auto, the fastest that the hardware has)",
+        default=dtype,
+        help=f"of weights and computation (default: {default})",
     )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    command.add_argument(
+        "--plain", action="store_true", help="run the plain layers, without prepacked weights"
+    )
+
+
+def _labelling(command: argparse.ArgumentParser) -> None:
+    """The options of every command that labels words."""
     command.add_argument(
         "--each-word",
         action="store_true",
         help="decode the best label of each word alone, whether or not the sequence is valid BIO",
-    )
-    command.add_argument(
-        "--plain", action="store_true", help="run the plain layers, without prepacked weights"
     )
     _layout(command, ("padded", "packed"), "packed")
 
@@ -330,9 +372,11 @@ def _standard_input() -> BinaryIO:
     return sys.stdin.buffer
 
 
-def _tag(options: argparse.Namespace) -> int:
+@contextmanager
+def _input(options: argparse.Namespace) -> Iterator[tuple[Team, Iterator[Line], str]]:
+    """The processes, connected, the lines to read, and where they come from."""
     from minibert.processes import connected, launched, own_device
-    from minibert.tagging.lines import opened, tag_lines
+    from minibert.tagging.lines import opened
 
     given = _given(options.text)
     size = launched().size
@@ -349,10 +393,87 @@ def _tag(options: argparse.Namespace) -> int:
         lines = lines_of(_standard_input(), source)
     device = own_device(options.device)
     options.device = str(device)
-    tagger = _system(options)
-    with connected(device) as team, _written(options.output if team.is_writer else None) as write:
-        tag_lines(team, tagger, lines, source, _as_json if options.json else _marked, write)
+    with connected(device) as team:
+        yield team, lines, source
+
+
+def _tag(options: argparse.Namespace) -> int:
+    from minibert.tagging.lines import process_lines
+
+    show = _as_json if options.json else _marked
+    with _input(options) as (team, lines, source):
+        tagger = _system(options)
+        with _written(options.output if team.is_writer else None) as write:
+            process_lines(
+                *(team, tagger, lines, source),
+                lambda text, found: f"{show(text, found)}\n".encode(),
+                write,
+            )
     return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from minibert.tagging.embedder import Embedder
+    from minibert.tagging.lines import process_lines
+
+    if options.npy and options.output is None:
+        raise MinibertError("--npy says how --output is written: add --output FILE")
+    with _input(options) as (team, lines, source):
+        try:
+            embedder = Embedder.from_pretrained(
+                options.directory,
+                attn_implementation=options.attn,
+                dtype=options.dtype,
+                device=options.device,
+                max_length=options.max_length,
+                prepack=not options.plain,
+            )
+        except ValueError as error:
+            raise MinibertError(f"--max-length: {error}") from None
+        path = options.output if team.is_writer else None
+        with _array(path, embedder.size) if options.npy and path else _written(path) as write:
+            show = _raw if options.npy else _vector_as_json
+            process_lines(team, embedder, lines, source, show, write)
+    if embedder.truncated:
+        print(
+            f"minibert: {embedder.truncated} texts have more than {embedder.max_length} "
+            "word-pieces: the rest of them was not read",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _raw(text: str, vector: Tensor) -> bytes:
+    return vector.numpy().astype("<f4").tobytes()
+
+
+def _vector_as_json(text: str, vector: Tensor) -> bytes:
+    # Nine significant digits give back the same float32.
+    numbers = ", ".join(f"{x:.9g}" for x in vector.tolist())
+    head = json.dumps({"text": text}, ensure_ascii=False)[:-1]
+    return f'{_escaped(head)}, "embedding": [{numbers}]}}\n'.encode()
+
+
+@contextmanager
+def _array(path: Path, columns: int) -> Iterator[Callable[[bytes], object]]:
+    """A function that writes rows of an array atomically to a .npy file.
+
+    The header, which NumPy pads so that the number of rows can grow, is written again at the end.
+    """
+    from numpy.lib.format import write_array_header_1_0
+
+    with _replacing(path) as file:
+
+        def header(rows: int) -> None:
+            shape = {"shape": (rows, columns), "fortran_order": False, "descr": "<f4"}
+            write_array_header_1_0(file, shape)
+
+        header(0)
+        start = file.tell()
+        yield file.write
+        rows = (file.tell() - start) // (4 * columns)
+        file.seek(0)
+        header(rows)
 
 
 def _trace(options: argparse.Namespace) -> int:
@@ -395,6 +516,13 @@ def _written(path: Path | None) -> Iterator[Callable[[bytes], object]]:
     if path is None:
         yield _print
         return
+    with _replacing(path) as file:
+        yield file.write
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces ``path`` at the end, and leaves nothing if a signal ends the process."""
     # By default these signals would end Python at once and leave the temporary file behind.
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
@@ -402,7 +530,7 @@ def _written(path: Path | None) -> Iterator[Callable[[bytes], object]]:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
-            yield file.write
+            yield file
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -439,7 +567,10 @@ def _show(text: str) -> None:
 def _as_json(text: str, found: list) -> str:
     """Exact for a parser; what could control a terminal is written as JSON's own escapes."""
     entities = [entity._asdict() for entity in found]
-    line = json.dumps({"text": text, "entities": entities}, ensure_ascii=False)
+    return _escaped(json.dumps({"text": text, "entities": entities}, ensure_ascii=False))
+
+
+def _escaped(line: str) -> str:
     return UNSAFE.sub(lambda control: f"\\u{ord(control[0]):04x}", line)
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 
 import minibert
-from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Entity, Label
-from minibert import MinibertError, Packed, Tagger, Tokenizer, evaluate
+from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Embedder, Entity
+from minibert import Label, MinibertError, Packed, Tagger, Tokenizer, evaluate
 
 
 def tag(directory: str, texts: list[str]) -> list[list[Entity]]:
@@ -27,6 +27,12 @@ def tag(directory: str, texts: list[str]) -> list[list[Entity]]:
     labels: Iterator[list[Label]] = tagger.label([["who"]])
     print([entity.text.upper() for entity in one], next(words), next(labels)[0].score)
     return several
+
+
+def embed(directory: str, texts: list[str]) -> Iterator[torch.Tensor]:
+    embedder = Embedder.from_pretrained(directory)
+    print(embedder(texts[0]) @ embedder(texts).T, embedder.size)
+    return embedder.embed_texts(texts)
 
 
 def run(directory: str) -> torch.Tensor:

@@ -182,7 +182,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with [CLS] and [SEP]."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self.backend.encode(_encodable(text), add_special_tokens=False).ids
         return [self.cls_id, *ids, self.sep_id]
 
 

@@ -1,4 +1,4 @@
-"""Tag lines of text in order, in constant memory, in one process or several.
+"""Tag or embed lines of text in order, in constant memory, in one process or several.
 
     minibert tag runs/movie/best --file queries.txt --output tagged.txt
     torchrun --nproc-per-node 4 -m minibert.cli tag runs/movie/best --file queries.txt
@@ -11,36 +11,46 @@ in another order).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from minibert.files import decoded, lines_of, reading
 from minibert.processes import Team
-from minibert.tagging.saved import OnTexts
 from minibert.tagging.stream import pools, read_ahead
-from minibert.tagging.tagger import Tagger
-from minibert.tagging.words import Entity
 
 Line = tuple[int, bytes]  # line number from 1, and content with its line feed
+Found = TypeVar("Found", covariant=True)
 
 
-def tag_lines(
+class Reader(Protocol[Found]):
+    """What finds something in texts: ``Tagger`` a list of entities, ``Embedder`` a vector."""
+
+    @property
+    def depth(self) -> int:
+        """How many pools are started before one is read."""
+
+    def start(self, texts: Sequence[str]) -> Callable[[], Sequence[Found]]:
+        """Start on a pool of texts; the result, when called, gives what was found in each."""
+
+
+def process_lines(
     team: Team,
-    tagger: Tagger | OnTexts,
+    reader: Reader[Found],
     lines: Iterable[Line],
     source: str,
-    show: Callable[[str, list[Entity]], str],
+    show: Callable[[str, Found], bytes],
     write: Callable[[bytes], object],
 ) -> None:
-    """Tag every line; the writer writes one line of output for each, in order.
+    """Read every line; the writer writes what was found in each, in order.
 
     Args:
         team: the processes, connected.
-        tagger, lines: the same in every process.
+        reader, lines: the same in every process.
         source: where the lines come from, for error messages.
-        show: formats a text and its entities, without a line feed.
-        write: receives UTF-8, one pool at a time.
+        show: formats a text and what was found in it, for output.
+        write: receives the output, one pool at a time.
 
     Raises:
         MinibertError: a line is not UTF-8.
@@ -51,21 +61,21 @@ def tag_lines(
             owner = number % team.size
             if owner == team.rank:
                 texts = [text_of(line, source) for line in pool]
-                yield partial(_shown, texts, tagger.start(texts), show)
+                yield partial(_shown, texts, reader.start(texts), show)
             elif team.is_writer:
                 yield partial(team.receive, owner)
 
-    for raw in read_ahead(started(), tagger.depth):
+    for raw in read_ahead(started(), reader.depth):
         write(raw) if team.is_writer else team.send(raw, 0)
     team.wait()
 
 
 def _shown(
     texts: list[str],
-    read: Callable[[], list[list[Entity]]],
-    show: Callable[[str, list[Entity]], str],
+    read: Callable[[], Sequence[Found]],
+    show: Callable[[str, Found], bytes],
 ) -> bytes:
-    return "".join(f"{show(text, found)}\n" for text, found in zip(texts, read())).encode()
+    return b"".join(show(text, found) for text, found in zip(texts, read()))
 
 
 def opened(path: Path) -> Iterator[Line]:

@@ -16,7 +16,7 @@ BASELINES = {"hmm": "hmm.HMM", "crf": "crf.CRF", "bilstm-crf": "bilstm_crf.BiLST
 
 
 class OnTexts:
-    """A ``WordTagger`` with the methods by which ``tag_lines`` uses a ``Tagger``."""
+    """A ``WordTagger`` with the methods by which ``process_lines`` uses a ``Tagger``."""
 
     depth = 0  # nothing is computed ahead
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
-from minibert.model.heads import BertForTokenClassification
+from minibert.model.heads import BertForTokenClassification, BertWithHead
 from minibert.model.labels import TAG
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
@@ -24,6 +24,7 @@ from minibert.tagging.stream import pools, read_ahead
 from minibert.tagging.words import Entity, Label, Words, entities, join, split
 from minibert.text.batches import Batch, Example, examples_of, packed, padded
 
+Model = TypeVar("Model", bound=BertWithHead)
 MOST_LABELS = 1000  # decoding needs memory quadratic in their number
 
 
@@ -129,29 +130,15 @@ class Tagger:
             MinibertError: a file is missing or damaged, it holds no trained classifier, or a weight
                 is too large for the dtype.
         """
-        where = choose_device(device)
         directory = Path(directory)
         if not directory.is_dir():
             raise MinibertError(
                 f"{directory}: no such directory: name one that train.py wrote, "
                 "such as runs/demo/best"
             )
-        tokenizer = Tokenizer.from_pretrained(directory)
-        chosen = choose_dtype(dtype, where).value
-        model = BertForTokenClassification.from_pretrained(
-            directory, attn_implementation=attn_implementation, dtype=chosen, device=where
+        model, tokenizer = open_model(
+            BertForTokenClassification, directory, attn_implementation, dtype, device, prepack
         )
-        if model.load_report.initialised:
-            raise MinibertError(
-                f"{directory}: has no trained {model.load_report.initialised[0]}: "
-                "train it first with train.py"
-            )
-        linear = prepacked.choose(where, chosen, may_round=dtype == "auto").value
-        if prepack and linear:
-            try:
-                prepacked.prepack(model, linear)
-            except ValueError as error:
-                raise MinibertError(f"{directory}: {error}: use it with --dtype fp32") from None
         return cls(model, tokenizer, batch_tokens, pack, well_formed)
 
     @property
@@ -284,6 +271,46 @@ class Tagger:
         if self.pack:
             return packed(group, device, pad_id if device.type == "cpu" else None)
         return padded(group, pad_id, device=device)
+
+
+def open_model(
+    kind: type[Model],
+    directory: Path,
+    attn_implementation: str,
+    dtype: str | torch.dtype,
+    device: str | None,
+    prepack: bool,
+) -> tuple[Model, Tokenizer]:
+    """A trained model for inference, and its tokenizer.
+
+    Args:
+        kind: class of the model.
+        directory: of the checkpoint.
+        attn_implementation, dtype, device, prepack: see ``Tagger.from_pretrained``.
+
+    Raises:
+        MinibertError: a file is missing or damaged, a parameter is missing, or a weight is too
+            large for the dtype.
+    """
+    where = choose_device(device)
+    tokenizer = Tokenizer.from_pretrained(directory)
+    chosen = choose_dtype(dtype, where).value
+    model = kind.from_pretrained(
+        directory, attn_implementation=attn_implementation, dtype=chosen, device=where
+    )
+    if model.load_report.initialised:
+        raise MinibertError(
+            f"{directory}: has no trained {model.load_report.initialised[0]}: "
+            "train it first with train.py"
+        )
+    tokenizer.check_fits(model.config.vocab_size)
+    linear = prepacked.choose(where, chosen, may_round=dtype == "auto").value
+    if prepack and linear:
+        try:
+            prepacked.prepack(model, linear)
+        except ValueError as error:
+            raise MinibertError(f"{directory}: {error}: use it with --dtype fp32") from None
+    return model, tokenizer
 
 
 def _split(text: str) -> Words:

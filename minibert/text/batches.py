@@ -162,6 +162,7 @@ def packed(
     examples: Sequence[Example],
     device: torch.device | str = "cpu",
     filler: int | None = None,
+    rows: int | None = None,
 ) -> Batch:
     """All examples end to end, without padding; labels (N,) if there are any.
 
@@ -170,8 +171,9 @@ def packed(
     Args:
         examples: at least one.
         device: of the tensors.
-        filler: the id of a word-piece. Sentences of this piece are appended until the batch has a
-            ``rounded`` number of pieces. They belong to no example. None appends nothing.
+        filler: the id of a word-piece. Sentences of this piece are appended until the batch has
+            ``rows`` pieces. They belong to no example. None appends nothing.
+        rows: at least the pieces of the examples; None: a ``rounded`` number.
     """
     examples = sorted(examples, key=lambda example: len(example.ids))
     labels_N: list[int] = []
@@ -184,7 +186,7 @@ def packed(
         firsts += [start + first for first in example.firsts]
     ids_N = [piece for example in examples for piece in example.ids]
     lengths = [len(example.ids) for example in examples]
-    if filler is not None and (more := rounded(len(ids_N)) - len(ids_N)):
+    if filler is not None and (more := (rows or rounded(len(ids_N))) - len(ids_N)):
         ids_N += [filler] * more
         labels_N += [IGNORE] * more
         # As long as the longest example, for which the model has positions.
