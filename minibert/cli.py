@@ -481,9 +481,12 @@ def _trace(options: argparse.Namespace) -> int:
     from minibert.study import look_png
     from minibert.study.look import look, terminal
     from minibert.study.look_page import page
+    from minibert.tagging.saved import kind_of
 
     if options.png is None and not options.layer is options.head is None:
         raise MinibertError("--layer and --head say what --png draws: add --png FILE")
+    if kind := kind_of(options.directory):
+        raise MinibertError(f"{options.directory}: is a {kind}: trace shows the layers of a BERT")
     text = _given(options.text)
     if not options.text:
         text = _all_of(_standard_input())

@@ -187,7 +187,7 @@ def trained_crf(sentences: Sequence[Sentence], c2: float) -> tuple[CRF, float]:
     return model, float(objective()[0])
 
 
-@pytest.mark.parametrize("c2", [0.1, 1.0])
+@pytest.mark.parametrize("c2", [pytest.param(0.1, marks=pytest.mark.slow), 1.0])
 def test_the_crf_reaches_the_optimum_of_crfsuite(tmp_path: Path, c2: float) -> None:
     theirs, tag = crfsuite(tmp_path, c2, TRAIN)
     model, own = trained_crf(TRAIN, c2)

@@ -42,7 +42,7 @@ def test_a_baseline_tags_and_is_evaluated(
     assert status == 0
     assert json.loads(out)["entity_f1"] > 0.5
     assert "is a hmm, not a BERT" in refused("tag", hmm, text, "--dtype", "fp32")
-    assert "model_type is 'hmm'" in refused("trace", hmm, text)
+    assert "is a hmm: trace shows the layers of a BERT" in refused("trace", hmm, text)
     (hmm / "vocabulary.json").rename(hmm / "elsewhere")
     try:
         assert "vocabulary.json" in refused("tag", hmm, text)
@@ -82,7 +82,10 @@ def test_missing_files_are_refused_before_training(tmp_path: Path, refused: Call
     assert "no.bio" in refused("compare", "--systems", "hmm", "--train", tmp_path / "no.bio")
 
 
-@pytest.mark.parametrize("system", ["bilstm-crf", "bert", "bert-crf"])
+@pytest.mark.parametrize(
+    "system",
+    ["bert-crf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bilstm-crf", "bert"))],
+)
 def test_every_system_is_measured(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

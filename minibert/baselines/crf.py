@@ -159,14 +159,14 @@ class Objective:
         return value, expected - self.counted + 2 * self.c2 * w
 
     def minimise(self, iterations: int) -> None:
-        """Run L-BFGS until a step gains less than 1e-8 per word."""
+        """Run L-BFGS until a step gains less than 1e-7 per word."""
         words = len(self.begin_N)
         optimizer = torch.optim.LBFGS(
             [self.weights],
             max_iter=iterations,
             history_size=10,
             tolerance_grad=1e-9,
-            tolerance_change=1e-8,
+            tolerance_change=1e-7,
             line_search_fn="strong_wolfe",
         )
 
