@@ -82,6 +82,18 @@ def test_missing_files_are_refused_before_training(tmp_path: Path, refused: Call
     assert "no.bio" in refused("compare", "--systems", "hmm", "--train", tmp_path / "no.bio")
 
 
+@pytest.mark.slow
+def test_a_killed_process_is_an_error_in_one_line(
+    tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be loaded, so it dies before it answers."""
+    files = write_bio(tmp_path / "train.bio", TRAIN), write_bio(tmp_path / "test.bio", TEST)
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nos._exit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = ("--train", files[0], "--test", files[1])
+    assert "the process was killed" in refused("compare", "--systems", "hmm", *flags)
+
+
 @pytest.mark.parametrize(
     "system",
     ["bert-crf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bilstm-crf", "bert"))],

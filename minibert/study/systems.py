@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import groupby
@@ -83,7 +84,13 @@ def run(plan: Plan) -> Iterator[Measured]:
     for system in plan.systems:
         for seed in plan.seeds[:1] if system in SEEDLESS else plan.seeds:
             with ProcessPoolExecutor(1, context) as process:
-                measured = process.submit(measure, system, seed, plan).result()
+                try:
+                    measured = process.submit(measure, system, seed, plan).result()
+                except BrokenProcessPool:
+                    raise MinibertError(
+                        f"{system}, seed {seed}: the process was killed or ran out of memory: "
+                        "free some, or compare fewer --systems"
+                    ) from None
             print(f"{system}, seed {seed}: entity F1 {measured.entity_f1:.2f}", file=sys.stderr)
             yield measured
 
