@@ -17,7 +17,7 @@ from minibert.baselines.chain_tagger import ChainTagger
 from minibert.baselines.crf import CRF, Objective, features, shape
 from minibert.baselines.hmm import HMM, states_of, suffixes
 from minibert.files import MinibertError
-from minibert.model.labels import may_follow
+from minibert.model.labels import may_follow, well_formed_chain
 from minibert.tagging.evaluate import evaluate
 from minibert.text.bio import Sentence, label_ids, labels_of
 from minibert.text.demo import generate
@@ -66,6 +66,17 @@ def test_the_pool_does_not_change_the_labels(systems: dict, kind: str) -> None:
     for one, other in zip(together, alone):
         assert [label.name for label in one] == [label.name for label in other]
         np.testing.assert_allclose([x.score for x in one], [x.score for x in other], atol=1e-5)
+
+
+def test_labelling_leaves_the_rules_as_they_are(systems: dict) -> None:
+    """They are shared with BERT's decoding, which is in float32 on the CPU."""
+    hmm = systems["hmm"].double()
+    try:
+        list(hmm.label(WORDS[:2]))
+        rules = well_formed_chain(hmm.state_labels)
+        assert {weight.dtype for weight in rules.parameters()} == {torch.float32}
+    finally:
+        hmm.float()
 
 
 @KINDS

@@ -65,8 +65,8 @@ class ChainTagger(nn.Module):
         lengths = [len(words) for words in sentences]
         if not any(lengths):
             return iter([[] for _ in sentences])
-        rules = well_formed_chain(self.state_labels).to(self.chain.start_L)
-        chain = Chain(*(a + b for a, b in zip(self.chain.parameters(), rules.parameters())))
+        rules = well_formed_chain(self.state_labels).parameters()
+        chain = Chain(*(w + rule.to(w) for w, rule in zip(self.chain.parameters(), rules)))
         chain.double()  # log Z of a long sentence is large
         scores = self.scores(sentences)
         scores = scores._replace(data=scores.data.double())
