@@ -10,7 +10,7 @@ bench gpu-bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 bench gpu-bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 bench gpu-bench: export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: demo test test-slow fuzz gpu-test gpu-bench bench bench-full check docs train scores format \
+.PHONY: demo test test-slow fuzz gpu-test gpu-bench bench bench-full check docs train scores compare format \
 	clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -80,6 +80,11 @@ train: $(SETUP)
 # README.md's table. About ten minutes per seed and library on two cores.
 scores: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m benchmarks.scores
+
+# HMM, CRF, BiLSTM-CRF and BERT on MIT Movie; regenerates the table of docs/baselines.md. About two
+# hours on two cores.
+compare: $(SETUP) weights/minilm/model.safetensors
+	$(PYTHON) -m benchmarks.systems
 
 format: $(SETUP)
 	$(PYTHON) -m ruff check --fix .

