@@ -97,6 +97,9 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Outpu
     # The state of the run: new, or as it was when it was interrupted.
     run = Training(model, adamw.value, average, scaler)
     step = Step(run, recipe, dtype.value, team, tokenizer.pad_id, examples[0], options.graphs)
+    options.graphs = step.uses_graphs.value
+    if team.device.type == "cuda":
+        print(f"CUDA graphs {'on' if options.graphs else 'off'}: {step.uses_graphs.reason}")
     parts = {"training": train_set} | evaluated
     arguments = identity(run, recipe, options, name_of(dtype.value), directory, parts)
     checkpoints = Checkpoints(output, options.keep, arguments, team)

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_kernels_ops  # the kernels' CPU side is the emulator
@@ -23,6 +24,7 @@ import train
 from benchmarks import gpu_models
 from minibert import BertForTokenClassification
 from minibert.files import MinibertError
+from minibert.machine import Chosen
 from minibert.model import encoder
 from minibert.model.attention import Attended, sdpa
 from minibert.model.layout import Layout, Packed
@@ -209,17 +211,41 @@ def test_few_sizes() -> None:
     ],
 )
 def test_what_is_missing_is_named(given: tuple, named: str) -> None:
-    device, *rest = given
+    device, attention, *rest = given
+    model = SimpleNamespace(device=torch.device(device), attn_implementation=attention)
     with pytest.raises(MinibertError, match=f"^--graphs needs {named}: "):
-        cuda_graphs.require(torch.device(device), *rest)
-    cuda_graphs.require(torch.device("cuda"), "fused", "packed", 1, 1)
+        cuda_graphs.choose(True, model, *rest)
+    assert cuda_graphs.choose(None, model, *rest) == Chosen(False, f"they need {named}")
+    assert cuda_graphs.choose(False, model, *rest) == Chosen(False, "as requested")
+
+
+def test_graphs_are_taken_where_a_trial_captures_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With this file's recorder in place of a capture."""
+    model = model_of("sdpa", 0.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 1 << 34))
+    monkeypatch.setattr(cuda_graphs, "Recorder", lambda _device: Repeated())
+    assert cuda_graphs._obstacle(model) is None
+
+    def stale(passes: Callable[[], Passes]) -> Recording:
+        return Recording(lambda: None, passes())
+
+    monkeypatch.setattr(cuda_graphs, "Recorder", lambda _device: stale)
+    assert cuda_graphs._obstacle(model) == "a replayed product is wrong"
+
+    def refused(_: object) -> Recording:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(cuda_graphs, "Recorder", lambda _device: refused)
+    assert cuda_graphs._obstacle(model).startswith("a first capture fails: operation not permitted")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 10, 1 << 34))
+    assert cuda_graphs._obstacle(model).endswith("0 MiB are free")
 
 
 def test_train_py_uses_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The loop with this file's recorder; the run does not resume without ``--graphs``."""
-    monkeypatch.setattr(step, "require", lambda *_: None)
+    monkeypatch.setattr(step, "choose", lambda requested, *_: Chosen(bool(requested), ""))
     recorder = Repeated()
     monkeypatch.setattr(step, "Recorder", lambda _device: recorder)
     version = encoder.Implementation(by_starts, encoder.add_norm)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minibert.files import MinibertError
+from minibert.machine import Chosen
 from minibert.model.heads import BertForTokenClassification
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
@@ -50,20 +51,27 @@ class Size(NamedTuple):
         return cls(sum(layout.lengths), sentences, longest)
 
 
-def require(
-    device: torch.device, attention: str, layout: str, accumulate: int, processes: int
-) -> None:
-    """Check that a training run can use graphs.
+def choose(
+    requested: bool | None,
+    model: BertForTokenClassification,
+    layout: str,
+    accumulate: int,
+    processes: int,
+) -> Chosen[bool]:
+    """Whether a training run uses graphs.
 
     Args:
-        device: where it trains.
-        attention: its attention implementation.
-        layout, accumulate: of its recipe.
+        requested: None takes them where they can run: a trial captures one.
+        model: to train, where it will be trained.
+        layout, accumulate: of the recipe.
         processes: how many train the model.
 
     Raises:
-        MinibertError: it cannot; names the first thing that is missing.
+        MinibertError: they are requested and cannot run; names the first thing that is missing.
     """
+    if requested is False:
+        return Chosen(False, "as requested")
+    device, attention = model.device, model.attn_implementation
     needs = {
         f"a CUDA device, not {device}": device.type == "cuda",
         f"fused attention, not {attention}": attention == "fused",
@@ -71,9 +79,32 @@ def require(
         f"--accumulate 1, not {accumulate}": accumulate == 1,
         f"one process, not {processes}": processes == 1,
     }
-    for need, is_met in needs.items():
-        if not is_met:
-            raise MinibertError(f"--graphs needs {need}: change that or leave out --graphs")
+    unmet = next((need for need, is_met in needs.items() if not is_met), None)
+    if requested:
+        if unmet:
+            raise MinibertError(f"--graphs needs {unmet}: change that or leave out --graphs")
+        return Chosen(True, "as requested")
+    obstacle = f"they need {unmet}" if unmet else _obstacle(model)
+    return Chosen(obstacle is None, obstacle or "each pass is one launch")
+
+
+def _obstacle(model: BertForTokenClassification) -> str | None:
+    """Why graphs cannot or should not run on the model's CUDA device, or None."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    # The gradients of all graphs, the moments, the average, and room for activations.
+    needed, free = (MOST + 6) * size, torch.cuda.mem_get_info(model.device)[0]
+    if free < needed:
+        return f"their gradients may need {needed >> 20} MiB, {free >> 20} MiB are free"
+    x_NN = torch.linspace(-1, 1, 64, device=model.device).expand(64, 64).contiguous()
+    try:
+        replay, passes = Recorder(model.device)(lambda: Passes(x_NN @ x_NN, []))
+        x_NN.neg_().add_(1)
+        replay()
+        if not torch.allclose(passes.loss, x_NN @ x_NN, rtol=1e-2, atol=1e-2):
+            return "a replayed product is wrong"
+    except RuntimeError as error:
+        return f"a first capture fails: {str(error).splitlines()[0]}"
+    return None
 
 
 def _power_of_two(number: int) -> int:

@@ -95,9 +95,10 @@ def parse(
     )
     add(
         "--graphs",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="replay forward and backward pass as CUDA graphs, which saves launch time with small "
-        "batches; needs --attn fused, --layout packed, --accumulate 1 and one process",
+        "batches; needs --attn fused, --layout packed, --accumulate 1 and one process (default: "
+        "where they run)",
     )
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add(

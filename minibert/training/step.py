@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minibert.processes import Team
-from minibert.speed.cuda_graphs import Graphs, Recorder, require
+from minibert.speed.cuda_graphs import Graphs, Recorder, choose
 from minibert.text.batches import Batch, Example, packed, padded
 from minibert.training.recipe import Recipe
 from minibert.training.resume import Training
@@ -50,7 +50,7 @@ class Step:
         team: the processes that share every batch.
         pad_id: the tokenizer's padding piece.
         example: any training sentence, the same in every process.
-        use_graphs: replay the passes as CUDA graphs.
+        use_graphs: replay the passes as CUDA graphs; None: where that can run.
 
     Raises:
         MinibertError: CUDA graphs cannot run here.
@@ -64,14 +64,15 @@ class Step:
         team: Team,
         pad_id: int,
         example: Example,
-        use_graphs: bool = False,
+        use_graphs: bool | None = False,
     ):
         self.optimizer, self.scaler = run.optimizer, run.scaler
         self.recipe, self.team, self.pad_id = recipe, team, pad_id
         self.graphs = None
-        if use_graphs:
-            attention = run.model.attn_implementation
-            require(team.device, attention, recipe.layout, recipe.accumulate, team.size)
+        self.uses_graphs = choose(
+            use_graphs, run.model, recipe.layout, recipe.accumulate, team.size
+        )
+        if self.uses_graphs.value:
             self.graphs = Graphs(run.model, dtype, Recorder(team.device))
         self.autocast = torch.autocast(team.device.type, dtype, enabled=dtype != torch.float32)
         with self.autocast:
