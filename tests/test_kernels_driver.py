@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from threading import Thread
 
 import emulator
@@ -16,7 +18,7 @@ from test_kernels_adamw import draw, new_sweep
 from test_kernels_attention import KINDS, check, run
 from test_kernels_norm import check as check_norm
 
-from minibert.speed.cuda import launch, obstacles
+from minibert.speed.cuda import launch, obstacles, ops
 
 fake_driver.library()  # before anything looks for the real one
 
@@ -99,3 +101,47 @@ def test_what_the_driver_refuses_is_an_obstacle(
             assert found.startswith("a first launch fails (CUDAError: CUDA_ERROR_"), found
     finally:
         obstacles.attention.cache_clear()
+
+
+def best_ms(run: Callable[[], object], turns: int = 100) -> float:
+    """The least processor time of a call, which other processes disturb least."""
+    times = []
+    for _ in range(turns):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return 1000 * min(times)
+
+
+@pytest.mark.slow
+def test_the_hosts_time() -> None:
+    """Of our kernels in twelve layers, each with one attention and two norms."""
+    q, k, v = torch.randn(3, 8, 2, 32).half().requires_grad_().unbind(0)
+    starts, dy = torch.tensor([0, 5, 8], dtype=torch.int32), torch.randn(8, 2, 32).half()
+    x = torch.randn(8, 64).half().requires_grad_()
+    weight, bias = (torch.randn(64, requires_grad=True) for _ in range(2))
+
+    def layer(dropout_p: float) -> list[torch.Tensor]:
+        context = ops.attend(q, k, v, starts, 5, dropout_p)
+        return [context, *(ops.add_norm(x, x, weight, bias, 1e-5, dropout_p) for _ in range(2))]
+
+    @torch.no_grad()
+    def inference() -> None:
+        for _ in range(12):
+            layer(0.0)
+
+    def step() -> None:
+        outputs = [y for _ in range(12) for y in layer(0.1)]
+        gradients = [dy if y.dim() == 3 else x.detach() for y in outputs]
+        torch.autograd.grad(outputs, (q, k, v, x, weight, bias), gradients)
+
+    with fake_driver.pretend(count_only=True):
+        launches = fake_driver.library().fake_launches
+        inference()
+        assert launches() == 12 * 3
+        step()
+        assert launches() == 12 * 3 + 12 * (3 + 2 + 2 * 2)
+        found = best_ms(inference), best_ms(step)
+    print(f"inference {found[0]:.2f} ms, training step {found[1]:.2f} ms")
+    assert found[0] < 3
+    assert found[1] < 16
