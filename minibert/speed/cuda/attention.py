@@ -40,8 +40,8 @@ def forward(
     """
     _check(q_NHK, k_NHK, v_NHK, starts)
     N, H, _K = q_NHK.shape
-    context_NHK = torch.empty(q_NHK.shape, dtype=q_NHK.dtype, device=q_NHK.device)
-    lse_HN = torch.empty((H, N), dtype=torch.float32, device=q_NHK.device)
+    context_NHK = q_NHK.new_empty(q_NHK.shape)
+    lse_HN = q_NHK.new_empty((H, N), dtype=torch.float32)
     _enqueue(
         ("forward",), q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed, max_length, dropout_p
     )
@@ -62,7 +62,7 @@ def backward(
 ) -> Tensor:
     """Gradients of q, k and v side by side, (N, 3, H, K) float16: one allocation."""
     N, H, K = q_NHK.shape
-    grad_N3HK = torch.empty((N, 3, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
+    grad_N3HK = q_NHK.new_empty((N, 3, H, K))
     _enqueue(
         ("backward_q", "backward_kv"),  # in this order: the first writes delta, the second reads it
         q_NHK, k_NHK, v_NHK, launch.aligned(context_NHK), launch.aligned(lse_HN), starts, seed,

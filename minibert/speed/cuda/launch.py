@@ -45,10 +45,11 @@ class Launch:
 def aligned(x: Tensor) -> Tensor:
     """x as the kernels' vector loads need it: contiguous, from a multiple of 16 bytes on.
 
-    A contiguous tensor may begin anywhere in its storage, and ``contiguous`` leaves it there.
+    A contiguous tensor may begin anywhere in its storage; ``contiguous`` would leave it there.
     """
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def pack(parameters: Mapping[str, Parameter]) -> list[Any]:
