@@ -36,6 +36,8 @@ def test_an_installed_package_trains_and_tags(kind: str, minilm: Path, tmp_path:
         with tarfile.open(archive) as files:
             files.extractall(tmp_path / "unpacked", filter="data")
         (source,) = (tmp_path / "unpacked").iterdir()
+        for needed in ("tests/emulator/emulator.h", "benchmarks/gpu_bench.py", "Makefile"):
+            assert (source / needed).is_file(), "an sdist can be tested and measured"
     build = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path)
     run(sys.executable, *build, source, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
