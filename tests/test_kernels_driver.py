@@ -18,7 +18,7 @@ from test_kernels_adamw import draw, new_sweep
 from test_kernels_attention import KINDS, check, run
 from test_kernels_norm import check as check_norm
 
-from minibert.speed.cuda import launch, obstacles, ops
+from minibert.speed.cuda import build, launch, obstacles, ops
 
 fake_driver.library()  # before anything looks for the real one
 
@@ -101,6 +101,12 @@ def test_what_the_driver_refuses_is_an_obstacle(
             assert found.startswith("a first launch fails (CUDAError: CUDA_ERROR_"), found
     finally:
         obstacles.attention.cache_clear()
+
+
+def test_nvrtc_compiles_beside_the_stand_in() -> None:
+    """NVRTC looks for the driver as well, and uses what it finds."""
+    code, _ = build.compile_source(build.source("adamw.cu"), "sm_75", {"SEMANTICS": 0})
+    assert code.startswith(b"\x7fELF")
 
 
 def best_ms(run: Callable[[], object], turns: int = 100) -> float:
