@@ -23,8 +23,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from typing import TypeVar
 
 import torch
 
@@ -36,23 +37,79 @@ from minibert.pretrained.tokenizer import Tokenizer
 from minibert.processes import Team, connected, own_device
 from minibert.speed import memory
 from minibert.tagging.tagger import Tagger
-from minibert.text.batches import chunks, epoch_batches
+from minibert.text.batches import Example, chunks, epoch_batches
 from minibert.text.bio import labels_of
 from minibert.training.adamw import bert_groups, choose_adamw
 from minibert.training.arguments import parse
 from minibert.training.averaging import WeightAverage
 from minibert.training.corpus import corpus
 from minibert.training.output import Output, owned
-from minibert.training.recipe import Recipe
+from minibert.training.recipe import Recipe, TaggingRecipe
 from minibert.training.results import evaluate_and_save, progress, report
 from minibert.training.resume import Checkpoints, Training, identity
 from minibert.training.schedule import LossScaler, linear_schedule
 from minibert.training.step import Step
 from minibert.training.stop import Stop, prepare_streams, status_of
+from minibert.training.task import Task
+
+R = TypeVar("R", bound=Recipe)
 
 
-def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Output) -> int:
-    """Fine-tune, evaluate after every epoch, keep the best and the last model.
+class NamedEntities:
+    """What is trained: a model that labels words, and its data.
+
+    Args:
+        options: the command line.
+        recipe: decode and layout.
+        team: the processes of the run.
+
+    Raises:
+        MinibertError: a file is missing or wrong.
+    """
+
+    def __init__(self, options: argparse.Namespace, recipe: TaggingRecipe, team: Team):
+        with team.writer_first():
+            train_set, self.evaluated = corpus(options)
+            self.directory = hub.locate_model(options.model)
+        labels = labels_of(train_set.sentences)
+        tokenizer = Tokenizer.from_pretrained(self.directory)
+        self.model = BertForTokenClassification.from_pretrained(
+            self.directory,
+            labels=labels,
+            head=options.head,
+            attn_implementation=options.attn,
+            device=team.device,
+            seed=options.seed,
+        )
+        print(f"{options.model}: {self.model.load_report}")
+        self.tagger = Tagger(self.model, tokenizer, well_formed=recipe.decode == "best")
+        self.pad_id = tokenizer.pad_id
+        self.parts = {"training": train_set} | self.evaluated
+        self.settings = {"head": options.head} if options.head != "linear" else {}
+        max_length = recipe.max_length(self.model.config.max_position_embeddings)
+        self._examples = train_set.examples(tokenizer, labels, max_length)
+
+    def examples(self, epoch: int) -> list[Example]:
+        """The training sentences, the same in every epoch."""
+        return self._examples
+
+    def evaluate_and_save(self, epoch: int, run: Training, output: Output) -> None:
+        """Score the model, keep the best and the last one."""
+        self.reports = evaluate_and_save(epoch, run, self.tagger, self.evaluated, output)
+
+    def report(self, run: Training, output: Output) -> None:
+        """Print the scores and the loss curve."""
+        report(run, self.reports, output)
+
+
+def train(
+    options: argparse.Namespace,
+    recipe: R,
+    team: Team,
+    output: Output,
+    task_of: Callable[[argparse.Namespace, R, Team], Task],
+) -> int:
+    """Train what ``task_of`` returns, evaluate and save it after every epoch.
 
     Returns:
         The exit status.
@@ -64,25 +121,10 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Outpu
     print(f"{team.device}, {name_of(dtype.value)} ({dtype.reason})\n{recipe}")
 
     # Data and model.
-    with team.writer_first():
-        train_set, evaluated = corpus(options)
-        directory = hub.locate_model(options.model)
-    labels = labels_of(train_set.sentences)
-    tokenizer = Tokenizer.from_pretrained(directory)
-    model = BertForTokenClassification.from_pretrained(
-        directory,
-        labels=labels,
-        head=options.head,
-        attn_implementation=options.attn,
-        device=team.device,
-        seed=options.seed,
-    )
-    team.seed(options.seed)
-    print(f"{options.model}: {model.load_report}")
-    tagger = Tagger(model, tokenizer, well_formed=recipe.decode == "best")
-    max_length = recipe.max_length(model.config.max_position_embeddings)
-    examples = train_set.examples(tokenizer, labels, max_length)
+    task = task_of(options, recipe, team)
+    model, examples = task.model, task.examples(1)
     lengths = [len(example.ids) for example in examples]
+    team.seed(options.seed)
 
     # Optimiser and schedule.
     groups = bert_groups(model, recipe.weight_decay)
@@ -96,12 +138,12 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Outpu
 
     # The state of the run: new, or as it was when it was interrupted.
     run = Training(model, adamw.value, average, scaler)
-    step = Step(run, recipe, dtype.value, team, tokenizer.pad_id, examples[0], options.graphs)
+    step = Step(run, recipe, dtype.value, team, task.pad_id, examples[0], options.graphs)
     options.graphs = step.uses_graphs.value
     if team.device.type == "cuda":
         print(f"CUDA graphs {'on' if options.graphs else 'off'}: {step.uses_graphs.reason}")
-    parts = {"training": train_set} | evaluated
-    arguments = identity(run, recipe, options, name_of(dtype.value), directory, parts)
+    arguments = identity(run, recipe, options, name_of(dtype.value), task.directory, task.parts)
+    arguments |= task.settings
     checkpoints = Checkpoints(output, options.keep, arguments, team)
     if options.resume:
         print(checkpoints.resume(run, total_steps))
@@ -111,6 +153,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Outpu
 
     for epoch in range(max(0, run.step - 1) // steps_per_epoch + 1, recipe.epochs + 1):
         model.train()
+        examples = task.examples(epoch)
         order = epoch_batches(lengths, recipe.batch_size, options.seed, epoch, recipe.bucket)
         steps = list(chunks([[examples[i] for i in ids] for ids in order], recipe.accumulate))
         bar = progress(steps, run.step - (epoch - 1) * steps_per_epoch, f"epoch {epoch}", team)
@@ -127,7 +170,7 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Outpu
                 raise MinibertError(
                     f"step {run.step}: the loss is {measured.loss}, the norm of its gradient "
                     f"{measured.norm}: lower --lr or train in --dtype fp32; the step read "
-                    f"{train_set.lines_of(e for batch in batches for e in batch)}; "
+                    f"{task.parts['training'].lines_of(e for batch in batches for e in batch)}; "
                     f"last good checkpoint: {checkpoints.last()}"
                 )
             run.record(epoch, measured.loss, lr)
@@ -144,11 +187,36 @@ def train(options: argparse.Namespace, recipe: Recipe, team: Team, output: Outpu
                 )
                 return stop.status
         if team.is_writer:
-            reports = evaluate_and_save(epoch, run, tagger, evaluated, output)
+            task.evaluate_and_save(epoch, run, output)
 
     if team.is_writer:
-        report(run, reports, output)
+        task.report(run, output)
     return 0
+
+
+def start(
+    options: argparse.Namespace,
+    recipe: R,
+    task_of: Callable[[argparse.Namespace, R, Team], Task],
+    program: str,
+) -> int:
+    """Train in this process of one or several; returns the exit status.
+
+    Args:
+        options, recipe: of the command line.
+        task_of: makes the task.
+        program: name of the command, for errors.
+    """
+    prepare_streams()
+    try:
+        device = own_device(options.device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with memory_faults(), connected(device, backend) as team:
+            with owned(options.output, team) as output:
+                with redirect_stdout(sys.stdout if team.is_writer else None):
+                    return train(options, recipe, team, output, task_of)
+    except (MinibertError, OSError, KeyboardInterrupt) as problem:
+        return status_of(problem, program)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
@@ -159,16 +227,7 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         program: its name in usage and errors.
     """
     options, recipe = parse(argv, program)
-    prepare_streams()
-    try:
-        device = own_device(options.device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        with memory_faults(), connected(device, backend) as team:
-            with owned(options.output, team) as output:
-                with redirect_stdout(sys.stdout if team.is_writer else None):
-                    return train(options, recipe, team, output)
-    except (MinibertError, OSError, KeyboardInterrupt) as problem:
-        return status_of(problem, program)
+    return start(options, recipe, NamedEntities, program)
 
 
 if __name__ == "__main__":

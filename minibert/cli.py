@@ -66,6 +66,10 @@ def _run(given: list[str]) -> int:
         from minibert.training.loop import main as train
 
         return train(given[1:], "minibert train")
+    if given[:1] == ["pretrain"]:
+        from minibert.training.pretrain import main as pretrain
+
+        return pretrain(given[1:])
     parser = _parser()
     # argparse does not accept words of the text after an option: add them to the text.
     options, rest = parser.parse_known_args(given)
@@ -89,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     commands.add_parser("train", help="fine-tune a model; `minibert train --help` has the flags")
+
+    commands.add_parser("pretrain", help="train a model to fill in hidden words of plain text")
 
     tag = commands.add_parser("tag", help="find the entities in text")
     tag.add_argument("directory", metavar="DIR", help="a model directory, such as runs/demo/best")

@@ -61,7 +61,7 @@ class Run:
     """A training process.
 
     Args:
-        arguments: of train.py.
+        arguments: of train.py; after a first "pretrain" those of ``minibert pretrain``.
         printed: file that its stdout and stderr are appended to.
         fatal: (kind, n): it kills itself at the n-th call of that kind in ``KILL_POINTS``.
         environment: variables to set in it.
@@ -145,6 +145,10 @@ def train_here(
     torch.set_num_threads(1)
     if fatal:
         die_at(*fatal)
+    if arguments[:1] == ["pretrain"]:
+        from minibert.training import pretrain
+
+        sys.exit(pretrain.main(arguments[1:]))
     sys.exit(train.main(arguments))
 
 

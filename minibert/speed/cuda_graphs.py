@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minibert.files import MinibertError
 from minibert.machine import Chosen
-from minibert.model.heads import BertForTokenClassification
+from minibert.model.heads import BertWithHead
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
 
@@ -219,7 +219,7 @@ class Graphs:
 
     def __init__(
         self,
-        model: BertForTokenClassification,
+        model: BertWithHead,
         dtype: torch.dtype,
         record: Record,
         most: int = MOST,

@@ -1,23 +1,30 @@
-"""The command line of train.py and ``minibert train``."""
+"""The command lines of train.py, ``minibert train`` and ``minibert pretrain``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import TypeVar, get_type_hints
 
 from minibert.machine import DTYPES
 from minibert.model.heads import TOKEN_HEADS
-from minibert.training.recipe import RECIPES, Recipe
+from minibert.training.recipe import (
+    PRETRAINING,
+    RECIPES,
+    PretrainingRecipe,
+    Recipe,
+    TaggingRecipe,
+)
 
+R = TypeVar("R", bound=Recipe)
 LARGEST_SEED = 10**12  # torch takes 64 bits, and epochs take the seed times 1,000,003
 
 
 def parse(
     argv: Sequence[str] | None = None, program: str = "train.py"
-) -> tuple[argparse.Namespace, Recipe]:
+) -> tuple[argparse.Namespace, TaggingRecipe]:
     """The options, and the recipe with the changes that the command line makes to it.
 
     Args:
@@ -34,13 +41,6 @@ def parse(
         metavar="NAME|DIR",
         help="the checkpoint to start from: a name that `minibert download` knows, or a directory "
         "with config.json, model.safetensors and tokenizer files (default: bert-base-cased)",
-    )
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="where models, scores and checkpoints are written (required)",
     )
     add(
         "--corpus",
@@ -74,6 +74,79 @@ def parse(
         default="linear",
         help="what labels the words: linear, each on its own; crf: a chain of labels on top of it, "
         "trained with it (default: linear)",
+    )
+    add(
+        "--recipe",
+        choices=RECIPES,
+        default="default",
+        help="where the values below come from: ours, or those of the MIT Movie paper "
+        "(default: default)",
+    )
+    _add_running(parser)
+    options = _parsed(parser, argv, RECIPES)
+    if options.graphs and options.head != "linear":
+        parser.error("--graphs needs --head linear: a chain of labels has no fixed length")
+    return options, _recipe(parser, options, RECIPES[options.recipe])
+
+
+def parse_pretraining(
+    argv: Sequence[str] | None = None, program: str = "minibert pretrain"
+) -> tuple[argparse.Namespace, PretrainingRecipe]:
+    """The same for ``minibert pretrain``."""
+    parser = argparse.ArgumentParser(program, description="Train BERT to fill in hidden words.")
+    add = parser.add_argument
+    add(
+        "--model",
+        default="bert-base-cased",
+        metavar="NAME|DIR",
+        help="the checkpoint to continue from: a name that `minibert download` knows, or a "
+        "directory with config.json, model.safetensors and tokenizer files (default: "
+        "bert-base-cased)",
+    )
+    add(
+        "--from-scratch",
+        action="store_true",
+        help="take only config.json and the tokenizer from --model, and draw new weights",
+    )
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", type=Path, metavar="FILE", help="train on this text, line by line")
+    text.add_argument(
+        "--bio",
+        type=Path,
+        metavar="FILE",
+        help="train on the words of this BIO file; its entities are the wholes of --masking whole",
+    )
+    add(
+        "--phrases",
+        type=Path,
+        metavar="FILE",
+        help="with --text: a phrase per line; the wholes of --masking whole",
+    )
+    add(
+        "--dev",
+        metavar="FILE|SHARE",
+        help="measure loss and accuracy after every epoch on this file of the same kind, or on "
+        "this share (such as 0.1) of the training lines, which are then held out",
+    )
+    _add_running(parser)
+    options = _parsed(parser, argv, {"default": PRETRAINING})
+    recipe = _recipe(parser, options, PRETRAINING)
+    if options.phrases is not None and options.text is None:
+        parser.error("--phrases goes with --text")
+    if recipe.masking == "whole" and options.bio is None and options.phrases is None:
+        parser.error("--masking whole needs --bio, or --text with --phrases")
+    return options, recipe
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    """The options of every training run besides its recipe."""
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where models, scores and checkpoints are written (required)",
     )
     add(
         "--attn",
@@ -123,17 +196,15 @@ def parse(
         metavar="N",
         help="how many checkpoints to keep, the newest ones (default: 2)",
     )
-    add(
-        "--recipe",
-        choices=RECIPES,
-        default="default",
-        help="where the values below come from: ours, or those of the MIT Movie paper "
-        "(default: default)",
-    )
+
+
+def _parsed(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Mapping[str, Recipe]
+) -> argparse.Namespace:
+    """The options, after a flag for each field of a recipe has been added."""
     changes = parser.add_argument_group("changes to the recipe")
-    fields = get_type_hints(Recipe, include_extras=True)
-    for name, field in fields.items():
-        values = ", ".join(f"{recipe}: {vars(RECIPES[recipe])[name]}" for recipe in RECIPES)
+    for name, field in _fields(next(iter(recipes.values()))).items():
+        values = ", ".join(f"{recipe}: {vars(recipes[recipe])[name]}" for recipe in recipes)
         changes.add_argument(
             "--" + name.replace("_", "-"),
             type=field.__origin__,
@@ -143,12 +214,21 @@ def parse(
     options = parser.parse_args(argv)
     if options.checkpoint_every < 1 or options.keep < 1:
         parser.error("--checkpoint-every and --keep must be above 0")
-    if options.graphs and options.head != "linear":
-        parser.error("--graphs needs --head linear: a chain of labels has no fixed length")
     if abs(options.seed) > LARGEST_SEED:
         parser.error(f"--seed must be between -{LARGEST_SEED} and {LARGEST_SEED}")
-    given = {name: vars(options)[name] for name in fields if vars(options)[name] is not None}
+    return options
+
+
+def _recipe(parser: argparse.ArgumentParser, options: argparse.Namespace, recipe: R) -> R:
+    """The recipe with the changes of the command line."""
+    given = {name: vars(options)[name] for name in _fields(recipe)}
     try:
-        return options, replace(RECIPES[options.recipe], **given)
+        return replace(
+            recipe, **{name: value for name, value in given.items() if value is not None}
+        )
     except ValueError as error:
         parser.error(str(error))
+
+
+def _fields(recipe: Recipe) -> dict:
+    return get_type_hints(type(recipe), include_extras=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,27 +53,59 @@ def corpus(options: argparse.Namespace) -> tuple[Part, dict[str, Part]]:
 
     Tags that occur in a set, but not in the training sentences, are printed.
     """
+    read = partial(read_part, orphans=options.orphans)
     if options.train is not None:
-        training = _read(options.train, options.orphans)
-        parts = {"test": _read(options.test, options.orphans)} if options.test is not None else {}
+        training = read_part(options.train, options.orphans)
+        parts = (
+            {"test": read_part(options.test, options.orphans)} if options.test is not None else {}
+        )
     elif options.corpus == "demo":
         training, test = (Part(sentences, "demo corpus") for sentences in demo.generate())
         parts = {"test": test}
     else:
         folder = hub.locate_corpus(options.corpus)
-        training, parts = _read(folder / "engtrain.bio"), {"test": _read(folder / "engtest.bio")}
-    if options.dev is not None and os.path.isfile(options.dev):
-        parts = {"dev": _read(Path(options.dev), options.orphans)} | parts
-    elif options.dev is not None:
-        training, held_out = _held_out(training, options.dev, options.seed)
-        parts = {"dev": held_out} | parts
+        training, parts = (
+            read_part(folder / "engtrain.bio"),
+            {"test": read_part(folder / "engtest.bio")},
+        )
+    training, parts = with_dev(options, training, parts, read)
     for part in parts.values():
         if unknown := unknown_tags(part.sentences, labels_of(training.sentences), part.source):
             print(unknown)
     return training, parts
 
 
-def _read(path: Path, orphans: str = "refuse") -> Part:
+def with_dev(
+    options: argparse.Namespace,
+    training: Part,
+    parts: dict[str, Part],
+    read: Callable[[Path], Part],
+) -> tuple[Part, dict[str, Part]]:
+    """Add the "dev" set of ``--dev``: a file, or a share of the training sentences.
+
+    Args:
+        options: dev and seed of the command line.
+        training: the training sentences.
+        parts: the other sets.
+        read: reads a file.
+
+    Raises:
+        MinibertError: the file is wrong, or ``--dev`` is neither a file nor a share.
+    """
+    if options.dev is None:
+        return training, parts
+    if os.path.isfile(options.dev):
+        return training, {"dev": read(Path(options.dev))} | parts
+    training, held_out = _held_out(training, options.dev, options.seed)
+    return training, {"dev": held_out} | parts
+
+
+def read_part(path: Path, orphans: str = "refuse") -> Part:
+    """The sentences of a BIO file.
+
+    Raises:
+        MinibertError: it cannot be read, or has a malformed line.
+    """
     return Part(read_bio(path, orphans), str(path))
 
 

@@ -1,4 +1,7 @@
-"""The recipe of a run: every number that decides its result besides data, model and seed."""
+"""The recipe of a run: every number that decides its result besides data, model and seed.
+
+``Recipe`` is what every task has; ``TaggingRecipe`` and ``PretrainingRecipe`` add their own.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from minibert.files import MinibertError
+from minibert.text.masking import STRATEGIES
 from minibert.training.adamw import SEMANTICS
 
 LARGEST = 10**9  # of a whole number in a recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Each field is a flag of the command line; the text beside it is the flag's help.
 
@@ -39,11 +43,6 @@ class Recipe:
         "average the weights over the steps, step t counting about t^AVERAGE, for evaluation and "
         "saving; inf: take the last weights",
     ]
-    decode: Annotated[
-        str,
-        "best: the most probable well-formed BIO sequence; each: the most probable label of each "
-        "word",
-    ]
     accumulate: Annotated[
         int, "batches per optimiser step: raise it when a larger batch does not fit into memory"
     ] = 1
@@ -65,8 +64,6 @@ class Recipe:
                 raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
         if self.optimizer not in SEMANTICS:
             raise ValueError(f"optimizer must be one of {', '.join(SEMANTICS)}")
-        if self.decode not in ("best", "each"):
-            raise ValueError(f"decode must be best or each, got {self.decode!r}")
         if self.layout not in ("packed", "longest") and not self.layout.isdecimal():
             raise ValueError(f"layout must be packed, longest or a length, got {self.layout!r}")
         if self.layout.isdecimal() and not 3 <= int(self.layout) <= LARGEST:
@@ -86,9 +83,49 @@ class Recipe:
         return length
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaggingRecipe(Recipe):
+    """Of fine-tuning for named entities.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    decode: Annotated[
+        str,
+        "best: the most probable well-formed BIO sequence; each: the most probable label of each "
+        "word",
+    ]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decode not in ("best", "each"):
+            raise ValueError(f"decode must be best or each, got {self.decode!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRecipe(Recipe):
+    """Of masked-LM training.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    masking: Annotated[
+        str,
+        "static: hide the same pieces in every epoch; dynamic: others in every epoch; whole: as "
+        "dynamic, and entities and phrases as wholes",
+    ]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.masking not in STRATEGIES:
+            raise ValueError(f"masking must be one of {', '.join(STRATEGIES)}")
+
+
 RECIPES = {
     # Chosen on held-out parts of engtrain with benchmarks/choose_recipe.py.
-    "default": Recipe(
+    "default": TaggingRecipe(
         lr=3e-4,
         epochs=4,
         batch_size=32,
@@ -104,7 +141,7 @@ RECIPES = {
     ),
     # The MIT Movie paper's. Its notebook has no warm-up, but its text says that the rate rises from
     # 0: --warmup 0.1 is the second reading.
-    "paper": Recipe(
+    "paper": TaggingRecipe(
         lr=5e-5,
         epochs=4,
         batch_size=32,
@@ -119,3 +156,19 @@ RECIPES = {
         decode="each",
     ),
 }
+
+# BERT's own optimiser and learning rate (Devlin et al. 2019, appendix A.2), for fewer steps.
+PRETRAINING = PretrainingRecipe(
+    lr=1e-4,
+    epochs=10,
+    batch_size=32,
+    warmup=0.1,
+    weight_decay=0.01,
+    eps=1e-6,
+    clip=1.0,
+    optimizer="torch",
+    layout="packed",
+    bucket=1,
+    average=math.inf,
+    masking="dynamic",
+)

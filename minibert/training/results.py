@@ -8,6 +8,8 @@ import sys
 from tqdm import tqdm
 
 from minibert.files import write_text
+from minibert.model.heads import BertWithHead
+from minibert.pretrained.tokenizer import Tokenizer
 from minibert.processes import Team
 from minibert.tagging.evaluate import Report, evaluate
 from minibert.tagging.tagger import Tagger
@@ -53,29 +55,45 @@ def evaluate_and_save(
             run.log.append({"step": run.step, "epoch": epoch, "set": name} | scores)
             if name == "dev" and scores["entity_f1"] > run.best_f1:
                 run.best_f1 = scores["entity_f1"]
-                save(tagger, output, "best")
-        save(tagger, output, "last")
-    write_text(output.at("metrics.jsonl"), "".join(json.dumps(e) + "\n" for e in run.log))
+                save(tagger.model, tagger.tokenizer, output, "best")
+        save(tagger.model, tagger.tokenizer, output, "last")
+    write_log(run, output)
     return reports
 
 
-def save(tagger: Tagger, output: Output, name: str) -> None:
-    """Replace a directory that ``Tagger.from_pretrained`` and transformers open, as a whole."""
+def write_log(run: Training, output: Output) -> None:
+    """Write ``metrics.jsonl``."""
+    write_text(output.at("metrics.jsonl"), "".join(json.dumps(e) + "\n" for e in run.log))
+
+
+def save(model: BertWithHead, tokenizer: Tokenizer, output: Output, name: str) -> None:
+    """Replace a directory that ``from_pretrained`` and transformers open, as a whole."""
     with output.replacing(name) as directory:
-        tagger.tokenizer.save_pretrained(directory)
-        tagger.model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        model.save_pretrained(directory)
 
 
 def report(run: Training, reports: dict[str, Report], output: Output) -> None:
     """At the end: print and write the loss curve, and the last epoch's scores on the last set."""
-    losses = [entry["loss"] for entry in run.log if entry.get("loss") is not None]
-    print(f"\ntraining loss\n{curve_for(sys.stdout, losses)}")
     f1s: list[tuple[int, float]] = []
+    losses = show_losses(run)
     if reports:
         name, scores = list(reports.items())[-1]
         print(f"\n{name} set, last epoch: {scores.table()}")
         write_text(output.at("report.json"), json.dumps(scores.to_dict(), indent=2) + "\n")
         f1s = [(e["step"], 100 * e["entity_f1"]) for e in run.log if e.get("set") == name]
+    draw_losses(losses, f1s, output)
+
+
+def show_losses(run: Training) -> list[float]:
+    """Print the loss curve; returns the losses of the steps that have one."""
+    losses = [entry["loss"] for entry in run.log if entry.get("loss") is not None]
+    print(f"\ntraining loss\n{curve_for(sys.stdout, losses)}")
+    return losses
+
+
+def draw_losses(losses: list[float], f1s: list[tuple[int, float]], output: Output) -> None:
+    """Draw ``loss.png`` if that is possible here, and say where everything is."""
     try:
         write_png(losses, f1s, output.at("loss.png"))
     except ImportError:

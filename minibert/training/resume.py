@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minibert.files import TEMPORARY, MinibertError, reason, sha256_of, sync
-from minibert.model.heads import BertForTokenClassification
+from minibert.model.heads import BertWithHead
 from minibert.pretrained import weights
 from minibert.processes import Team
 from minibert.training.adamw import AdamW
@@ -63,7 +63,7 @@ class Training:
         log: the entries of ``metrics.jsonl``.
     """
 
-    model: BertForTokenClassification
+    model: BertWithHead
     optimizer: AdamW
     average: WeightAverage
     scaler: LossScaler | None
@@ -131,8 +131,8 @@ def identity(
 
     Args:
         run, recipe: as chosen.
-        options: seed, head and graphs of the command line. (For CUDA graphs batches are filled up,
-            which draws other dropout masks.)
+        options: seed and graphs of the command line. (For CUDA graphs batches are filled up, which
+            draws other dropout masks.)
         dtype: of autocast.
         directory: of the model to train; the content of its files counts, not their names.
         parts: the sentences by purpose; they count, not the files' names.
@@ -143,8 +143,6 @@ def identity(
         "attention": run.model.attn_implementation,
         "AdamW": type(run.optimizer).__name__,
     }
-    if options.head != "linear":
-        values["head"] = options.head
     if options.graphs:
         values["CUDA graphs"] = "on"
     values[SETTINGS] = "absent"
@@ -530,8 +528,8 @@ def _is_entry(entry: object) -> bool:
         return False
     if "loss" in entry:
         return (entry["loss"] is None or _is_finite(entry["loss"])) and _is_finite(entry.get("lr"))
-    scores = (entry.get("entity_f1"), entry.get("token_micro_f1_including_O"))
-    return isinstance(entry.get("set"), str) and all(map(_is_finite, scores))
+    scores = [x for name, x in entry.items() if name not in ("step", "epoch", "set")]
+    return isinstance(entry.get("set"), str) and bool(scores) and all(map(_is_finite, scores))
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:

@@ -25,7 +25,7 @@ from minibert.training.resume import Training
 class Measured:
     """What a step computed, on the host and the same in every process."""
 
-    loss: float  # mean over the labelled words of the step
+    loss: float  # mean over the labels of the step
     norm: float  # of the gradients, before clipping
     stop: bool  # a signal has reached one of the processes
     tokens_per_second: float  # word-pieces of the step, over all processes
