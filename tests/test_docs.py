@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,9 +53,19 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     for page in DOCS.glob("*.md"):
         html = (tmp_path / f"{page.stem}.html").read_text("utf-8")
-        fetched = re.findall(r'<(?:script|img|iframe)[^>]+src="(?!_static/)([^"]+)"', html)
+        fetched = re.findall(r'<(?:script|img|iframe)[^>]+src="(?!_static/|_images/)([^"]+)"', html)
         fetched += re.findall(r'<link[^>]+rel="stylesheet"[^>]+href="(?!_static/)([^"]+)"', html)
         assert not fetched, "the site must read without a network"
+
+
+def test_the_flowchart_is_what_its_script_draws_and_names_files() -> None:
+    drawn = runpy.run_path(str(DOCS / "flowchart.py"))
+    assert drawn["TARGET"].read_text("utf-8") == drawn["drawing"]()
+    for _, _, files in drawn["BOXES"].values():
+        folder = ROOT / "minibert"
+        for name in files.split(", "):
+            folder = folder if "/" not in name else (ROOT / "minibert" / name).parent
+            assert (folder / Path(name).name).exists() or (ROOT / "minibert" / name).is_dir(), name
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
