@@ -79,6 +79,8 @@ def test_what_a_call_takes_and_gives(directory: Path) -> None:
     assert abs(one.norm() - 1) < 1e-6
     assert embedder([]).shape == (0, embedder.size)
     assert torch.equal(embedder(iter(["jaws", "who directed jaws"]))[1], one)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embedder("who directed jaws"), one)
     assert torch.equal(embedder("a \ud800 surrogate"), embedder("a ? surrogate"))
     with pytest.raises(TypeError, match="a text must be a str, got NoneType"):
         embedder([None])

@@ -115,7 +115,7 @@ class Embedder:
         if isinstance(text, str):
             return next(self.embed_texts([text]))
         vectors = list(self.embed_texts(text))
-        return torch.stack(vectors) if vectors else torch.empty(0, self.size)
+        return torch.stack(vectors) if vectors else torch.empty(0, self.size, dtype=torch.float32)
 
     def embed_texts(self, texts: Iterable[str]) -> Iterator[Tensor]:
         """The vector of each text, (D,), float32, in order, as a stream.
@@ -192,7 +192,8 @@ class Embedder:
         input_N, layout = batch.inputs["input_ids"], batch.inputs["layout"]
         assert isinstance(input_N, Tensor)
         assert isinstance(layout, Packed)
-        x_ND = self.model.bert(input_N, torch.zeros_like(input_N), layout).x_ND.float()
+        with torch.autocast(device.type, enabled=False):  # the model has its dtype
+            x_ND = self.model.bert(input_N, torch.zeros_like(input_N), layout).x_ND.float()
         length_B = layout.starts.diff().long()
         mean_BD = torch.segment_reduce(x_ND, "mean", lengths=length_B)[: len(group)]
         return batch.examples, F.normalize(mean_BD, dim=1)
