@@ -293,11 +293,11 @@ def open_model(
             large for the dtype.
     """
     where = choose_device(device)
-    tokenizer = Tokenizer.from_pretrained(directory)
     chosen = choose_dtype(dtype, where).value
     model = kind.from_pretrained(
         directory, attn_implementation=attn_implementation, dtype=chosen, device=where
     )
+    tokenizer = Tokenizer.from_pretrained(directory)
     if model.load_report.initialised:
         raise MinibertError(
             f"{directory}: has no trained {model.load_report.initialised[0]}: "
