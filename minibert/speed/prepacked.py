@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minibert.machine import Chosen
 from minibert.model.attention import AttentionFn, sdpa
 from minibert.model.encoder import EncoderLayer
-from minibert.model.heads import BertWithHead
+from minibert.model.heads import BertWithHead, TokenClassificationHead
 from minibert.model.layout import Layout
 
 # The operations that torch.compile and torch.ao.quantization lower a linear layer to on a CPU. They
@@ -32,10 +32,8 @@ BLOCKED = ("mkldnn::_reorder_linear_weight", "mkldnn::_linear_pointwise")
 HALF = ("quantized::linear_prepack_fp16", "quantized::linear_dynamic_fp16")
 
 # Measured on an AMD EPYC (Zen 3) with AVX2 alone, 2026-11-25: oneDNN's erf GELU takes five times as
-# long as torch's. MKL with a plain weight, packing included, beats oneDNN with a packed one at many
-# rows: 157 against 140 GFLOP/s at 2048 rows, but 48 against 78 at 12.
+# long as torch's.
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
-MANY_ROWS = 384
 
 
 def _gelu(x_NF: Tensor) -> Tensor:
@@ -44,7 +42,10 @@ def _gelu(x_NF: Tensor) -> Tensor:
 
 
 class BlockedLinear:
-    """x Wᵀ + b by oneDNN with packed W; with the plain W and MKL where that is faster.
+    """x Wᵀ + b by oneDNN with packed W.
+
+    MKL with a plain W is about 12 % faster in fp32 at 2048 rows on AVX2, and half as fast at 12.
+    It is not used: where two libraries share the work, a sentence's bits depend on its batch.
 
     Args:
         weight_OI: (out, in), float32, bfloat16 or float16, on the CPU.
@@ -56,8 +57,6 @@ class BlockedLinear:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach())
         self.bias_O = bias_O.detach()
-        by_mkl = AVX2 and weight_OI.dtype == torch.float32 and torch.backends.mkl.is_available()
-        self.plain_OI = weight_OI.detach() if by_mkl else None
 
     def __reduce__(self) -> tuple:
         """Copy and pickle as the plain weight: packed memory has a format of this CPU."""
@@ -65,8 +64,6 @@ class BlockedLinear:
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
-        if self.plain_OI is not None and len(x_NI) >= MANY_ROWS:
-            return F.linear(x_NI, self.plain_OI, self.bias_O)
         linear = torch.ops.mkldnn._linear_pointwise.default
         return linear(x_NI, self.blocks, self.bias_O, "none", [], "none")
 
@@ -79,8 +76,6 @@ class BlockedLinear:
 
     def plus(self, x_NI: Tensor, residual_NO: Tensor) -> Tensor:
         """(N, in) and (N, out) to (N, out): the product plus the residual."""
-        if self.plain_OI is not None and len(x_NI) >= MANY_ROWS:
-            return F.linear(x_NI, self.plain_OI, self.bias_O).add_(residual_NO)
         linear = torch.ops.mkldnn._linear_pointwise.binary
         return linear(x_NI, residual_NO, self.blocks, self.bias_O, "add")
 
@@ -88,7 +83,8 @@ class BlockedLinear:
 class HalfLinear:
     """x Wᵀ + b by FBGEMM: W rounded to fp16, which halves the memory traffic; the rest in fp32.
 
-    On the CPU named above: 149 GFLOP/s at 2048 rows, 104 at 12.
+    On the CPU named above: 149 GFLOP/s at 2048 rows, 104 at 12. FBGEMM cuts the rows into groups of
+    up to six. Groups of one and two sum in another order; a multiple of three rows has none.
 
     Args:
         weight_OI: (out, in), float32, on the CPU.
@@ -138,14 +134,14 @@ def choose(
     """
     if device.type != "cpu":
         return Chosen(None, "only CPU products pack weights in every call")
-    if may_round and AVX2 and dtype == torch.float32 and all(map(_is_there, HALF)):
-        reason = "FBGEMM reads weights in fp16 and multiplies in fp32, fastest with AVX2 alone"
-        return Chosen(HalfLinear, reason)
     if not torch.backends.mkldnn.is_available():
         return Chosen(None, "torch was built without oneDNN")
     for name in BLOCKED:
         if not _is_there(name):
             return Chosen(None, f"torch {torch.__version__} has no {name}")
+    if may_round and AVX2 and dtype == torch.float32 and all(map(_is_there, HALF)):
+        reason = "FBGEMM reads weights in fp16 and multiplies in fp32, fastest with AVX2 alone"
+        return Chosen(HalfLinear, reason)
     supported = {
         torch.float32: True,
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -243,8 +239,20 @@ class PrepackedLayer(nn.Module):
         return super().train(mode)
 
 
+class PrepackedClassifier(nn.Module):
+    """The classifier by oneDNN. MKL would sum in another order where there are few rows."""
+
+    def __init__(self, classifier: nn.Linear):
+        super().__init__()
+        self.linear = BlockedLinear(classifier.weight, classifier.bias)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Hidden states (N, D) to scores (N, L)."""
+        return self.linear(x_ND)
+
+
 def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
-    """Replace the encoder layers of a model in eval mode with prepacked ones.
+    """Replace the encoder layers and the classifier of a model in eval mode with prepacked ones.
 
     Args:
         model: on the CPU.
@@ -258,6 +266,9 @@ def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
         layer = layers[i]
         assert isinstance(layer, EncoderLayer)
         layers[i] = PrepackedLayer(layer, linear)
+    if isinstance(model.head, TokenClassificationHead):
+        classifier = PrepackedClassifier(model.head.classifier)
+        model.head.classifier = classifier  # type: ignore[assignment]  # it takes the same calls
     # The last to be converted: an error of the layers then leaves the whole model as it was.
     embeddings = model.bert.embeddings
     del model.bert.embeddings

@@ -213,14 +213,23 @@ class Tagger:
         read = self._start([words.words for words in pool])
         return lambda: [entities(words, labels) for words, labels in zip(pool, read())]
 
-    @torch.inference_mode()
     def _start(self, sentences: Sequence[Sequence[str]]) -> Callable[[], list[list[Label]]]:
-        """Start the model on a pool; the result, when called, waits for it and decodes."""
+        read = self.start_scores(sentences)
+        return lambda: [self._decode(scores_WL) for scores_WL in read()]
+
+    @torch.inference_mode()
+    def start_scores(self, sentences: Sequence[Sequence[str]]) -> Callable[[], list[Tensor]]:
+        """Start the model on the sentences of one pool, given in words.
+
+        Returns:
+            What waits for it, and gives each sentence's scores before decoding: (words, labels),
+            float32, on the CPU.
+        """
         config = self.model.config
         examples = examples_of(sentences, self.tokenizer, config.max_position_embeddings)
         under_way = [(batch, self._scores(batch)) for batch in self._batches(examples)]
 
-        def read() -> list[list[Label]]:
+        def read() -> list[Tensor]:
             # The dtype of ``Scores``; torch's default may be another one.
             shapes = [(len(words), config.num_labels) for words in sentences]
             by_sentence = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
@@ -229,7 +238,7 @@ class Tagger:
                 for example, part in zip(batch.examples, parts):
                     stop = example.first_word + len(example.firsts)
                     by_sentence[example.sentence][example.first_word : stop] = part
-            return [self._decode(scores_WL) for scores_WL in by_sentence]
+            return by_sentence
 
         return read
 

@@ -1,0 +1,123 @@
+"""A sentence gets the same bits, whatever is tagged with it (CPU, prepacked layers)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PIECES, small_checkpoint
+
+from minibert import Tagger
+from minibert.speed import prepacked
+from minibert.speed.prepacked import BlockedLinear, HalfLinear
+from minibert.text.batches import rounded
+
+# MiniLM's shape, so that the products are those of a real model; two layers, to be quick.
+SHAPE = {
+    "hidden_size": 384,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 512,
+}
+DTYPES = ["auto", "fp32", "bf16"]
+LETTERS = PIECES[5:31]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_checkpoint(tmp_path_factory.mktemp("model"), noise=0.05, **SHAPE)
+
+
+@pytest.fixture(params=DTYPES)
+def tagger(request: pytest.FixtureRequest, directory: Path) -> Tagger:
+    found = Tagger.from_pretrained(directory, dtype=request.param, device="cpu")
+    if not isinstance(found.model.bert.layers[0], prepacked.PrepackedLayer):
+        pytest.skip(f"no prepacked layers in {request.param} on this CPU")
+    return found
+
+
+def check_groupings(tagger: Tagger, draw: random.Random, longest: int, groupings: int) -> None:
+    """Tag random subsets in random order and batch size; compare with every sentence alone."""
+    lengths = [draw.randint(1, longest) if draw.random() < 0.2 else draw.randint(1, 14)
+               for _ in range(60)]  # fmt: skip
+    sentences = [draw.choices(LETTERS, k=length) for length in lengths]
+    alone = [tagger.start_scores([sentence])()[0] for sentence in sentences]
+    for _ in range(groupings):
+        tagger.batch_tokens = draw.choice([64, 300, 2048])
+        chosen = draw.sample(range(len(sentences)), draw.randint(2, len(sentences)))
+        together = tagger.start_scores([sentences[i] for i in chosen])()
+        for i, scores in zip(chosen, together, strict=True):
+            assert torch.equal(scores, alone[i]), f"{lengths[i]} words"
+
+
+def test_every_grouping_gives_the_same_bits(tagger: Tagger, threads: int) -> None:
+    check_groupings(tagger, random.Random(threads), longest=200, groupings=4)
+
+
+@pytest.mark.slow
+def test_a_thousand_groupings_give_the_same_bits(tagger: Tagger, threads: int) -> None:
+    """Windows of a long text included."""
+    for seed in range(25):
+        check_groupings(tagger, random.Random(seed), longest=600, groupings=40)
+
+
+@pytest.mark.parametrize("linear", [BlockedLinear, HalfLinear])
+@pytest.mark.parametrize(("inner", "outer"), [(384, 1152), (3072, 768), (384, 5)])
+@torch.inference_mode()
+def test_a_row_of_a_product_does_not_depend_on_the_number_of_rows(
+    linear: type, inner: int, outer: int, threads: int
+) -> None:
+    """For the numbers of rows that batches are filled up to, and any place among them."""
+    if linear is HalfLinear and not prepacked.AVX2:
+        pytest.skip("only chosen with AVX2 alone")
+    torch.manual_seed(0)
+    layer = linear(torch.randn(outer, inner) / 20, torch.randn(outer))
+    x = torch.randn(rounded(250), inner)
+    residual = torch.randn(len(x), outer)
+    whole, gelu, plus = layer(x), layer.gelu(x), layer.plus(x, residual)
+    for rows in sorted({rounded(n) for n in range(1, len(x), 7)}):
+        for start in (0, len(x) - rows):
+            part = slice(start, start + rows)
+            assert torch.equal(layer(x[part]), whole[part]), rows
+            assert torch.equal(layer.gelu(x[part]), gelu[part]), rows
+            assert torch.equal(layer.plus(x[part], residual[part]), plus[part]), rows
+
+
+def test_fbgemm_needs_a_multiple_of_three() -> None:
+    """The reason for ``rounded``: if this fails, it is no longer needed."""
+    if not prepacked.AVX2:
+        pytest.skip("only chosen with AVX2 alone")
+    torch.manual_seed(0)
+    layer = HalfLinear(torch.randn(96, 768), torch.zeros(96))
+    x = torch.randn(9, 768)
+    with torch.inference_mode():
+        assert not all(torch.equal(layer(x[:rows]), layer(x)[:rows]) for rows in range(1, 9))
+
+
+@pytest.mark.slow
+def test_lines_of_a_shuffled_file_are_tagged_alike(
+    directory: Path, tmp_path: Path, command: Callable
+) -> None:
+    """50,000 lines."""
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(LETTERS, k=draw.randint(1, 16))) for _ in range(50_000)]
+    order = draw.sample(range(len(lines)), len(lines))
+    outputs = []
+    for name, chosen in (("sorted", lines), ("shuffled", [lines[i] for i in order])):
+        path, output = tmp_path / f"{name}.txt", tmp_path / f"{name}.json"
+        path.write_text("".join(f"{line}\n" for line in chosen))
+        status, _, error = command("tag", directory, "--json", "--file", path, "--output", output)
+        assert status == 0, error
+        outputs.append(output.read_text().splitlines())
+    assert [outputs[0][i] for i in order] == outputs[1]
