@@ -53,7 +53,7 @@ class Size(NamedTuple):
 
 def choose(
     requested: bool | None,
-    model: BertForTokenClassification,
+    model: BertWithHead,
     layout: str,
     accumulate: int,
     processes: int,
@@ -88,7 +88,7 @@ def choose(
     return Chosen(obstacle is None, obstacle or "each pass is one launch")
 
 
-def _obstacle(model: BertForTokenClassification) -> str | None:
+def _obstacle(model: BertWithHead) -> str | None:
     """Why graphs cannot or should not run on the model's CUDA device, or None."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     # The gradients of all graphs, the moments, the average, and room for activations.
