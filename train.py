@@ -86,7 +86,7 @@ class NamedEntities:
         self.pad_id = tokenizer.pad_id
         self.parts = {"training": train_set} | self.evaluated
         self.settings = {"head": options.head} if options.head != "linear" else {}
-        max_length = recipe.max_length(self.model.config.max_position_embeddings)
+        max_length = recipe.max_length(self.model.config.max_length)
         self._examples = train_set.examples(tokenizer, labels, max_length)
 
     def examples(self, epoch: int) -> list[Example]:

@@ -107,7 +107,7 @@ def test_inference(race: Callable, benchmark: Any, models: Models) -> None:
     """Tokens per second (padding not counted) on the test set and on batches of fixed lengths."""
     plan = models.plan
     words = [sentence.words for sentence in models.test[: plan.test_sentences]]
-    examples = examples_of(words, models.tokenizer, models.ours.config.max_position_embeddings)
+    examples = examples_of(words, models.tokenizer, models.ours.config.max_length)
     # Each batch sorted by length, as packing sorts it, so that the logits are in the same order.
     batches: dict[str, Batches] = {
         f"{plan.corpus} test": [by_length(batch) for batch in chunks(examples, BATCH)]
@@ -155,7 +155,7 @@ def random_examples(lengths: list[int], config: BertConfig) -> list[Example]:
 
 def own_kernels(q: Tensor, k: Tensor, v: Tensor, layout: Packed, dropout_p: float) -> Attended:
     """minibert's own kernels, whatever the ladder takes here."""
-    context = ladder.own_kernels(q, k, v, layout.starts, layout.max_length, dropout_p)
+    context = ladder.own_kernels(q, k, v, layout.starts, max(layout.lengths), dropout_p)
     return Attended(context, None)
 
 
@@ -190,7 +190,7 @@ def test_training(race: Callable, benchmark: Any, models: Models) -> None:
     examples = examples_of(
         [sentence.words for sentence in models.train],
         models.tokenizer,
-        ours.config.max_position_embeddings,
+        ours.config.max_length,
         bio.label_ids(models.train, ours.config.labels, plan.corpus),
     )
     drawn = epoch_batches([len(e.ids) for e in examples], BATCH, seed=0, epoch=1)

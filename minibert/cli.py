@@ -606,6 +606,8 @@ def _download(options: argparse.Namespace) -> int:
     from minibert.pretrained import hub
 
     known = hub.MODELS | hub.CORPORA
+    if options.name in hub.UNPINNED:
+        hub.locate_model(options.name)  # says why not
     if options.name not in known:
         raise MinibertError(f"{options.name}: not known: give one of {', '.join(known)}")
     kind = "weights" if options.name in hub.MODELS else "data"

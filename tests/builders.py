@@ -17,9 +17,25 @@ from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Pa
 from minibert.files import write_text
 from minibert.model.labels import IGNORE
 from minibert.pretrained import config_json
+from minibert.pretrained.families import class_name
 from minibert.pretrained.weights import names_of
 from minibert.text.bio import write_bio as write_bio  # for the tests to import from here
 
+# Changes of ``small_config`` that make it another family's; ERNIE 3.0 nano has this head size, 26.
+SIZES_OF_26 = {"hidden_size": 78, "num_attention_heads": 3, "layer_norm_eps": 1e-5}
+SMALL_FAMILIES: dict[str, dict] = {
+    "RoBERTa": {
+        "model_type": "roberta",
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+    }
+    | SIZES_OF_26,
+    "ERNIE 1.0": {"model_type": "ernie", "max_position_embeddings": 513, "hidden_act": "relu"}
+    | SIZES_OF_26,
+    "ERNIE 3.0": {"model_type": "ernie", "type_vocab_size": 4, "task_type_vocab_size": 3}
+    | SIZES_OF_26,
+}
 LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Any lowercase word of ASCII letters has pieces in this vocabulary.
@@ -138,13 +154,20 @@ def python(*arguments: object, **variables: str) -> str:
     return ran.stdout
 
 
+def config_of(model: BertForTokenClassification | BertForMaskedLM, attn: str = "sdpa"):
+    """transformers' config of ``model``."""
+    import transformers
+
+    raw = config_json.to_dict(model.config, type(model).__name__)
+    return transformers.AutoConfig.for_model(**raw, attn_implementation=attn)
+
+
 def twin(model: BertForTokenClassification | BertForMaskedLM, attn: str = "sdpa") -> nn.Module:
     """transformers' model with the config, weights, dtype, device and mode of ``model``."""
     import transformers
 
-    name = type(model).__name__
-    raw = config_json.to_dict(model.config, name)
-    config = transformers.BertConfig(**raw, attn_implementation=attn)
+    name = class_name(type(model).__name__, model.config.model_type)
+    config = config_of(model, attn)
     theirs = getattr(transformers, name)(config).to(model.device, model.dtype).train(model.training)
     parameters, names = dict(theirs.named_parameters()), names_of(model)
     assert parameters.keys() == set(names.values())

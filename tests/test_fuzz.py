@@ -228,7 +228,7 @@ def test_a_header_longer_than_the_file_is_not_read(folder: Path, claim: int) -> 
     path = folder / "model.safetensors"
     repacked(path, {"a": tensor(0, 16)}, bytes(16), claim)
     with pytest.raises(MinibertError, match=f"a header of {claim} bytes, more than"):
-        weights.opened(path).__enter__()
+        weights.opened(path, "bert").__enter__()
 
 
 def test_a_config_larger_than_the_weights_takes_no_memory(folder: Path) -> None:

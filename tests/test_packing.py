@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from builders import padded_and_packed, small_bert, small_config, twin
+from builders import SMALL_FAMILIES, padded_and_packed, small_bert, small_config, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibert import BertForTokenClassification, Packed
+from minibert import BertForMaskedLM, BertForTokenClassification, Packed
 from minibert.machine import Chosen
 from minibert.model.layout import Padded
 from minibert.pretrained.weights import names_of
@@ -53,6 +53,24 @@ def test_packed_equals_padded_in_float64(mix: str, attn: str) -> None:
     assert packed.logits.shape == (sum(MIXES[mix]), 5)
     for a, b in zip(packed.hidden_states, padded.hidden_states):
         assert (a - b[mask]).abs().max() < 1e-10
+    assert (packed.logits - padded.logits[mask]).abs().max() < 1e-10
+    assert abs(packed.loss - padded.loss) < 1e-10
+    assert (packed_gradient - padded_gradient).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("family", SMALL_FAMILIES)
+@pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMaskedLM])
+def test_packed_equals_padded_in_every_family(family: str, kind: type) -> None:
+    """Padding pieces inside sentences included: RoBERTa counts positions without them."""
+    net = small_bert(kind, **SMALL_FAMILIES[family]).double()
+    lengths = MIXES["mixed"]
+    padded_inputs, packed_inputs, mask = padded_and_packed(lengths, net.config)
+    pad = net.config.pad_token_id
+    ids = padded_inputs["input_ids"].masked_fill(~mask, pad)
+    ids[1, [0, 4, 5]] = ids[3, 30] = pad
+    padded_inputs["input_ids"], packed_inputs["input_ids"] = ids, ids[mask]
+    padded, padded_gradient = run(net, padded_inputs)
+    packed, packed_gradient = run(net, packed_inputs)
     assert (packed.logits - padded.logits[mask]).abs().max() < 1e-10
     assert abs(packed.loss - padded.loss) < 1e-10
     assert (packed_gradient - padded_gradient).abs().max() < 1e-10

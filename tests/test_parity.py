@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import small_bert, small_config, twin
+from builders import SMALL_FAMILIES, config_of, small_bert, small_config, twin
 
 from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification
 from minibert.machine import choose_dtype
@@ -25,6 +25,41 @@ SMALL = {"vocab_size": 211, "max_position_embeddings": 512, "labels": LABELS}
 SHAPES = {
     "K48": {"hidden_size": 144, "num_attention_heads": 3, "intermediate_size": 300} | SMALL,
     "5 heads": {"hidden_size": 80, "num_attention_heads": 5, "type_vocab_size": 3} | SMALL,
+}
+FAMILIES = {name: SMALL | sizes for name, sizes in SMALL_FAMILIES.items()}
+# Of the published roberta-base and ERNIE 1.0, 2.0 and 3.0 nano, without the number of layers.
+OFFICIAL = {
+    "roberta-base": {
+        "model_type": "roberta",
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+    },
+    "ernie-1.0-base-zh": {
+        "model_type": "ernie",
+        "vocab_size": 18000,
+        "max_position_embeddings": 513,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "relu",
+    },
+    "ernie-2.0-base-en": {
+        "model_type": "ernie",
+        "vocab_size": 30522,
+        "type_vocab_size": 4,
+        "layer_norm_eps": 1e-5,
+    },
+    "ernie-3.0-nano-zh": {
+        "model_type": "ernie",
+        "vocab_size": 40000,
+        "hidden_size": 312,
+        "intermediate_size": 1248,
+        "max_position_embeddings": 2048,
+        "type_vocab_size": 4,
+        "task_type_vocab_size": 16,
+        "layer_norm_eps": 1e-5,
+    },
 }
 MASKS = ("none", "full", "right", "random", "dead row")
 ATTN = pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -40,6 +75,7 @@ def batch(config: BertConfig, rows: int, length: int, mask: str, segments: bool 
     draw = torch.Generator().manual_seed(rows * 1000 + length)
     shape = (rows, length)
     inputs = {"input_ids": torch.randint(0, config.vocab_size, shape, generator=draw)}
+    inputs["input_ids"][:, length // 2] = config.pad_token_id  # inside a sentence
     if mask != "none":
         attention_mask = torch.ones(shape, dtype=torch.long)
         if mask == "right":
@@ -88,11 +124,11 @@ def assert_same_step(theirs, ours, inputs: dict, train: bool) -> None:
 
 @DTYPE
 @ATTN
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *FAMILIES])
 def test_odd_shapes(shape: str, attn: str, dtype: torch.dtype) -> None:
-    ours = small_bert(attn=attn, **SHAPES[shape]).to(dtype)
+    ours = small_bert(attn=attn, **(SHAPES | FAMILIES)[shape]).to(dtype)
     theirs = twin(ours, attn)
-    cases = [(1, 1, "none"), *((3, 33, mask) for mask in MASKS)]
+    cases = [(1, 1, "none"), *((3, 33, mask) for mask in MASKS), (40, 9, "right")]
     for rows, length, mask in cases if is_slow(dtype) else [*cases, (1, 512, "full")]:
         inputs = batch(ours.config, rows, length, mask, segments=mask in ("full", "random"))
         for train in (False, True):
@@ -100,9 +136,10 @@ def test_odd_shapes(shape: str, attn: str, dtype: torch.dtype) -> None:
 
 
 @ATTN
-def test_autocast(attn: str) -> None:
+@pytest.mark.parametrize("shape", ["K48", "RoBERTa"])
+def test_autocast(attn: str, shape: str) -> None:
     """Training in bf16 autocast with float32 weights: the same casts in the same places."""
-    ours = small_bert(attn=attn, **SHAPES["K48"])
+    ours = small_bert(attn=attn, **(SHAPES | FAMILIES)[shape])
     theirs = twin(ours, attn)
     for mask in ("none", "right", "dead row"):
         for train in (False, True):
@@ -136,6 +173,31 @@ def test_bert_base(attn: str, dtype: torch.dtype, cases: list) -> None:
             assert_same_step(theirs, ours, batch(config, rows, length, mask), train)
 
 
+@pytest.mark.slow
+@DTYPE
+@ATTN
+@pytest.mark.parametrize("family", OFFICIAL)
+def test_official_shapes(family: str, attn: str, dtype: torch.dtype) -> None:
+    layers = 1 if is_slow(dtype) else 2
+    torch.manual_seed(0)
+    config = BertConfig(**OFFICIAL[family], labels=LABELS, num_hidden_layers=layers)
+    ours = BertForTokenClassification(config, attn).to(dtype)
+    theirs = twin(ours, attn)
+    cases = [(2, 17, "dead row")] if is_slow(dtype) else [(5, 33, "dead row"), (1, 512, "full")]
+    for rows, length, mask in cases:
+        for train in (False, True):
+            assert_same_step(theirs, ours, batch(config, rows, length, mask), train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OFFICIAL)
+def test_official_masked_language_models(family: str) -> None:
+    torch.manual_seed(0)
+    ours = BertForMaskedLM(BertConfig(**OFFICIAL[family], num_hidden_layers=1), "sdpa")
+    theirs = twin(ours)
+    assert_same_step(theirs, ours, batch(ours.config, 3, 33, "right"), train=True)
+
+
 @DTYPE
 @ATTN
 def test_real_weights_and_a_fresh_head(minilm: Path, attn: str, dtype: torch.dtype) -> None:
@@ -157,32 +219,36 @@ def test_real_weights_and_a_fresh_head(minilm: Path, attn: str, dtype: torch.dty
             assert_same_step(theirs, ours, inputs, train)
 
 
-def test_initialisation() -> None:
+@pytest.mark.parametrize("family", ["K48", *FAMILIES])
+def test_initialisation(family: str) -> None:
     """From one seed both libraries draw the same weights and leave the same generator state."""
     torch.manual_seed(5)
-    ours = BertForTokenClassification(small_config())
+    ours = BertForTokenClassification(small_config(**(SHAPES | FAMILIES)[family]))
     state_after = torch.get_rng_state()
+    config = config_of(ours)
     torch.manual_seed(5)
-    raw = config_json.to_dict(ours.config, "BertForTokenClassification")
-    theirs = transformers.BertForTokenClassification(transformers.BertConfig(**raw))
+    theirs = transformers.AutoModelForTokenClassification.from_config(config)
     assert torch.equal(torch.get_rng_state(), state_after)
     for name, their_name in names_of(ours).items():
         assert torch.equal(ours.get_parameter(name), theirs.get_parameter(their_name)), name
 
 
 @ATTN
-def test_masked_language_model(attn: str) -> None:
-    ours = small_bert(BertForMaskedLM, attn, **SHAPES["K48"])
+@pytest.mark.parametrize("shape", ["K48", *FAMILIES])
+def test_masked_language_model(attn: str, shape: str) -> None:
+    ours = small_bert(BertForMaskedLM, attn, **(SHAPES | FAMILIES)[shape])
     theirs = twin(ours, attn)
     for train in (False, True):
         assert_same_step(theirs, ours, batch(ours.config, 3, 33, "right"), train)
 
 
-def test_the_saved_config_is_the_one_transformers_reads(tmp_path: Path) -> None:
-    config = small_config(**SHAPES["5 heads"])
+@pytest.mark.parametrize("shape", ["5 heads", *FAMILIES])
+def test_the_saved_config_is_the_one_transformers_reads(tmp_path: Path, shape: str) -> None:
+    config = small_config(**(SHAPES | FAMILIES)[shape])
     raw = config_json.to_dict(config, "BertForTokenClassification")
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    theirs = transformers.BertConfig.from_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.model_type == config.model_type
     assert tuple(theirs.id2label[i] for i in range(25)) == LABELS
-    assert theirs.hidden_size == 80
+    assert theirs.hidden_size == config.hidden_size
     assert config_json.read(tmp_path / "config.json") == config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import small_bert, twin
+from builders import SMALL_FAMILIES, small_bert, twin
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -39,9 +39,12 @@ def batches(vocab_size: int, steps: int = STEPS) -> list[dict]:
 CASES = [("sdpa", 0.01), ("eager", 0.01), ("sdpa", 0.0), ("eager", 0.0)]
 
 
-@pytest.mark.parametrize(("attn", "decay"), CASES)
-def test_twenty_steps_of_a_small_model_are_bit_equal(attn: str, decay: float) -> None:
-    ours = small_bert(attn=attn).train()
+@pytest.mark.parametrize(
+    ("attn", "decay", "family"),
+    [*((*case, {}) for case in CASES), *((*CASES[0], sizes) for sizes in SMALL_FAMILIES.values())],
+)
+def test_twenty_steps_of_a_small_model_are_bit_equal(attn: str, decay: float, family: dict) -> None:
+    ours = small_bert(attn=attn, **family).train()
     assert_twenty_equal_steps(ours, twin(ours, attn), decay)
 
 

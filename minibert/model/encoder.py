@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.model.attention import AttentionFn, eager, sdpa
-from minibert.model.config import BertConfig
+from minibert.model.config import FAMILIES, BertConfig
 from minibert.model.layout import Layout
 
 AddNormFn = Callable[[Tensor, Tensor, nn.LayerNorm, nn.Dropout], Tensor]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
 
 def add_norm(y_ND: Tensor, x_ND: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout) -> Tensor:
@@ -68,23 +69,42 @@ def initialise(module: nn.Module, std: float) -> None:
 
 
 class Embeddings(nn.Module):
-    """Word + segment + position, normalised (Devlin et al. 2019, section 3, figure 2)."""
+    """Word + segment + position, normalised (Devlin et al. 2019, section 3, figure 2).
+
+    ``FAMILIES`` has the order of RoBERTa and ERNIE, which may add a table of tasks.
+    """
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        D = config.hidden_size
-        self.word = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
-        self.position = nn.Embedding(config.max_position_embeddings, D)
+        D, pad, tasks = config.hidden_size, config.pad_token_id, config.task_type_vocab_size
+        family = FAMILIES[config.model_type]
+        self.word = nn.Embedding(config.vocab_size, D, pad)
+        positions = config.max_position_embeddings
+        self.position = nn.Embedding(positions, D, pad if family.counts else None)
         self.segment = nn.Embedding(config.type_vocab_size, D)
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        for name in family.embeddings:  # the order of parameters is that of transformers
+            self.add_module(name, self._modules.pop(name))
+        self.task = nn.Embedding(tasks, D) if tasks else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_N: Tensor, segment_N: Tensor, layout: Layout) -> Tensor:
         """Ids (N,) and segments (N,), both int64, to x (N, D)."""
         # (word + segment) + position: any other order changes the result by 1e-6.
         x_ND = self.word(input_N) + self.segment(segment_N)
-        x_ND = x_ND + layout.spread_positions(self.position.weight)
+        x_ND = x_ND + self.positions(input_N, layout)
+        if self.task is not None:
+            x_ND = x_ND + self.task(input_N * 0)
         return self.dropout(self.norm(x_ND))
+
+    def positions(self, input_N: Tensor, layout: Layout) -> Tensor:
+        """The position of every token, (N, D)."""
+        pad = self.position.padding_idx
+        if pad is None:
+            return layout.spread_positions(self.position.weight)
+        # RoBERTa counts the ids that are not padding, whatever the mask says.
+        real_N = (input_N != pad).long()
+        return self.position(layout.count(real_N) * real_N + pad)
 
 
 class SelfAttention(nn.Module):
@@ -112,16 +132,17 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with exact (erf) GELU between them (Hendrycks & Gimpel 2016)."""
+    """Two linear layers, between them GELU (Hendrycks & Gimpel 2016) or, in ERNIE 1.0, ReLU."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """(N, D) to (N, D) through (N, F)."""
-        return self.down(F.gelu(self.up(x_ND)))
+        return self.down(self.activation(self.up(x_ND)))
 
 
 class EncoderLayer(nn.Module):
@@ -164,8 +185,9 @@ class Bert(nn.Module):
         )
         # Before any head is drawn, as in transformers: the same seed then gives the same model.
         initialise(self, config.initializer_range)
-        with torch.no_grad():
-            self.embeddings.word.weight[config.pad_token_id].zero_()
+        for table in (self.embeddings.word, self.embeddings.position):
+            if table.padding_idx is not None:
+                table.weight.data[table.padding_idx].zero_()
 
     def forward(
         self,

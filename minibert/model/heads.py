@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.model.config import BertConfig
+from minibert.model.config import FAMILIES, BertConfig
 from minibert.model.crf import Chain, pack
-from minibert.model.encoder import Bert, implementation, initialise
+from minibert.model.encoder import ACTIVATIONS, Bert, implementation, initialise
 from minibert.model.labels import IGNORE, best_labels, well_formed_chain
 from minibert.model.layout import Layout, Packed, Padded
 
@@ -103,12 +103,13 @@ class MaskedLMHead(Head):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.transform = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.activation = ACTIVATIONS[FAMILIES[config.model_type].head_act or config.hidden_act]
         initialise(self, config.initializer_range)
         self._tied = (word,)  # in a tuple, which nn.Module does not register a second time
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Hidden states (N, D) to scores (N, V)."""
-        x_ND = self.norm(F.gelu(self.transform(x_ND)))
+        x_ND = self.norm(self.activation(self.transform(x_ND)))
         return F.linear(x_ND, self._tied[0].weight, self.bias)
 
 
@@ -210,9 +211,9 @@ class BertWithHead(nn.Module):
         if packed is not None and shape != ((tokens := sum(packed.lengths)),):
             raise ValueError(f"input_ids has shape {shape}, but the layout holds {tokens} tokens")
         layout = packed or Padded.from_mask(input_ids, mask)
-        limit = self.config.max_position_embeddings
-        if layout.max_length > limit:
-            size = f"a sentence of {layout.max_length} tokens, but the model has {limit} positions"
+        longest, limit = max(layout.lengths, default=0), self.config.max_length
+        if longest > limit:
+            size = f"a sentence of {longest} tokens, but the model has {limit} positions"
             raise ValueError(f"{size}: cut it into windows, as minibert.Tagger does")
         return layout
 

@@ -61,11 +61,6 @@ class Padded:
         return cls(rows, length, None if bool(valid_BS.all()) else valid_BS)
 
     @property
-    def max_length(self) -> int:
-        """Tokens of the longest row."""
-        return self.length
-
-    @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each row, padding included."""
         return (self.length,) * self.rows
@@ -82,6 +77,10 @@ class Padded:
         """
         position_SD = table_PD[: self.length]
         return position_SD.expand(self.rows, -1, -1).reshape(-1, table_PD.shape[1])
+
+    def count(self, real_N: Tensor) -> Tensor:
+        """The running sum of 0s and 1s (N,) within each sentence: (N,)."""
+        return self.unflatten(real_N).cumsum(1).flatten()
 
     def unflatten(self, x_N: Tensor) -> Tensor:
         """(N, ...) to (B, S, ...)."""
@@ -115,11 +114,6 @@ class Packed:
         starts, position_N = (x.to(device, non_blocking=True) for x in (starts, position_N))
         return cls(tuple(lengths), starts, position_N)
 
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest sentence."""
-        return max(self.lengths)
-
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """One block for each run of neighbouring sentences of equal length."""
@@ -132,6 +126,12 @@ class Packed:
         from run to run.
         """
         return F.embedding(self.position_N, table_PD)
+
+    def count(self, real_N: Tensor) -> Tensor:
+        """The running sum of 0s and 1s (N,) within each sentence: (N,)."""
+        before_N = real_N.cumsum(0) - real_N
+        first_N = torch.arange(len(real_N), device=real_N.device) - self.position_N
+        return before_N - before_N[first_N] + real_N
 
     def unflatten(self, x_N: Tensor) -> Tensor:
         """A packed batch is no rectangle: (N, ...) stays (N, ...)."""

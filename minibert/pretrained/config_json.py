@@ -6,8 +6,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from minibert.files import MinibertError, read_json
-from minibert.model.config import BertConfig
+from minibert.model.config import FAMILIES, BertConfig
+from minibert.model.encoder import ACTIVATIONS
 from minibert.model.heads import TOKEN_HEADS
+from minibert.pretrained import families
 
 # The largest value of each size, far above any BERT: a config.json that exceeds one is damaged, and
 # is refused before memory is allocated for it.
@@ -25,14 +27,14 @@ MOST_LABELS = 100_000
 # The values that this model computes with. Any other is an error: if it were ignored, the weights
 # would load and the model would compute something other than what they were trained for.
 ONLY = {
-    "model_type": "bert",
-    "hidden_act": "gelu",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
 }
 # Keys that change what the weights mean, if they hold anything.
 FOREIGN = ("pruned_heads", "quantization_config")
+TASKS, MOST_TASKS = "task_type_vocab_size", 10_000
+REMEDY = "use the config.json that belongs to the weights"
 
 
 def read(path: Path) -> BertConfig:
@@ -45,18 +47,30 @@ def read(path: Path) -> BertConfig:
 
 
 def parse(raw: dict, source: Path | str = "config.json") -> BertConfig:
-    """The configuration in the dictionary of a ``config.json``; keys that BERT ignores are skipped.
+    """The configuration in the dictionary of a ``config.json``; other keys are skipped.
 
     Raises:
         MinibertError: a value that this model cannot honour, with ``source`` and the key.
     """
     if not isinstance(raw, dict):
         raise MinibertError(f"{source}: must hold a JSON object, got {type(raw).__name__}")
-    for key, value in ONLY.items():
-        if raw.get(key, value) != value:
+    can = {key: [value] for key, value in ONLY.items()}
+    can |= {"model_type": [*FAMILIES], "hidden_act": [*ACTIVATIONS], "use_task_id": [False, True]}
+    for key, known in can.items():
+        if raw.get(key, known[0]) not in known:
             raise MinibertError(
-                f"{source}: {key} is {raw[key]!r}, but minibert computes {value!r} only: "
-                "use a BERT encoder checkpoint"
+                f"{source}: {key} is {raw[key]!r}, but minibert computes "
+                f"{' or '.join(map(repr, known))} only: use an encoder checkpoint that has it"
+            )
+    names = {field.name for field in fields(BertConfig)} - {"labels", TASKS}
+    model_type = raw.get("model_type", "bert")
+    values = families.NAMES[model_type].defaults | {k: v for k, v in raw.items() if k in names}
+    if model_type == "ernie" and raw.get("use_task_id", False):
+        tasks = values[TASKS] = raw.get(TASKS, 3)
+        if not is_number(tasks, int) or not 1 <= tasks <= MOST_TASKS:
+            raise MinibertError(
+                f"{source}: {TASKS} must be an integer from 1 to {MOST_TASKS}, got {tasks!r}: "
+                f"{REMEDY}"
             )
     for key in FOREIGN:
         if raw.get(key):
@@ -64,16 +78,12 @@ def parse(raw: dict, source: Path | str = "config.json") -> BertConfig:
                 f"{source}: has {key}, which minibert does not compute with: "
                 "use a BERT encoder checkpoint without it"
             )
-    names = {field.name for field in fields(BertConfig)} - {"labels"}
-    values = {key: value for key, value in raw.items() if key in names}
     if labels := _labels(raw, source):
         values["labels"] = labels
     try:
         return checked(BertConfig(**values))
     except ValueError as error:
-        raise MinibertError(
-            f"{source}: {error}: use the config.json that belongs to the weights"
-        ) from None
+        raise MinibertError(f"{source}: {error}: {REMEDY}") from None
 
 
 def checked(config: BertConfig) -> BertConfig:
@@ -81,7 +91,8 @@ def checked(config: BertConfig) -> BertConfig:
 
     Raises:
         ValueError: a size below 1 or above its limit, a rate outside [0, 1), a hidden size that the
-            number of heads does not divide, labels that repeat, or an unknown head.
+            number of heads does not divide, too few positions, labels that repeat, or an unknown
+            head.
     """
     values = vars(config)
     for name, most in MOST.items():
@@ -101,6 +112,11 @@ def checked(config: BertConfig) -> BertConfig:
     pad, last = config.pad_token_id, config.vocab_size - 1
     if not is_number(pad, int) or not 0 <= pad <= last:
         raise ValueError(f"pad_token_id must be a vocabulary id, 0 to {last}, got {pad!r}")
+    if config.max_length < 1:
+        raise ValueError(
+            f"max_position_embeddings is {config.max_position_embeddings}, but the positions of "
+            f"{config.model_type} begin after pad_token_id {pad}"
+        )
     if not 0 < len(config.labels) <= MOST_LABELS:
         raise ValueError(f"labels must number 1 to {MOST_LABELS}, got {len(config.labels)}")
     if len(set(config.labels)) != len(config.labels):
@@ -116,13 +132,20 @@ def is_number(value: object, *kinds: type) -> bool:
 
 
 def to_dict(config: BertConfig, architecture: str) -> dict:
-    """The dictionary of a ``config.json`` that transformers reads the same way."""
+    """The dictionary of a ``config.json`` that transformers reads the same way.
+
+    Args:
+        config: of a model.
+        architecture: the name of its class here.
+    """
     raw = asdict(config)
-    labels = raw.pop("labels")
+    labels, tasks = raw.pop("labels"), raw.pop(TASKS)
+    if config.model_type == "ernie":
+        raw |= {"use_task_id": tasks > 0, TASKS: max(1, tasks)}
     if raw["head"] == "linear":
         del raw["head"]  # transformers knows no other, and no such key
     return {
-        "architectures": [architecture],
+        "architectures": [families.class_name(architecture, config.model_type)],
         **ONLY,
         **raw,
         "id2label": {str(i): label for i, label in enumerate(labels)},
@@ -132,33 +155,32 @@ def to_dict(config: BertConfig, architecture: str) -> dict:
 
 def _labels(raw: dict, source: Path | str) -> tuple[str, ...]:
     """The labels in the order of their ids, empty where the file names none."""
-    remedy = "use the config.json that belongs to the weights"
     id2label = raw.get("id2label")
     if id2label is None:
         count = raw.get("num_labels", 0)
         if not is_number(count, int) or not 0 <= count <= MOST_LABELS:
             raise MinibertError(
                 f"{source}: num_labels must be a count, at most {MOST_LABELS}, got {count!r}: "
-                f"{remedy}"
+                f"{REMEDY}"
             )
         return tuple(f"LABEL_{i}" for i in range(count))
     if not isinstance(id2label, dict) or not all(isinstance(v, str) for v in id2label.values()):
-        raise MinibertError(f"{source}: id2label must map ids to label names: {remedy}")
+        raise MinibertError(f"{source}: id2label must map ids to label names: {REMEDY}")
     if len(id2label) > MOST_LABELS:
         raise MinibertError(
-            f"{source}: id2label has {len(id2label)} labels, more than {MOST_LABELS}: {remedy}"
+            f"{source}: id2label has {len(id2label)} labels, more than {MOST_LABELS}: {REMEDY}"
         )
     try:
         "".join(id2label.values()).encode()
     except UnicodeEncodeError as error:
         near = error.object[max(0, error.start - 20) : error.end]
-        raise MinibertError(f"{source}: id2label: {near!r} is not Unicode: {remedy}") from None
+        raise MinibertError(f"{source}: id2label: {near!r} is not Unicode: {REMEDY}") from None
     try:
         by_id = {int(key): label for key, label in id2label.items()}
     except ValueError:
         by_id = {}
     if sorted(by_id) != list(range(len(id2label))):
         raise MinibertError(
-            f"{source}: id2label must number its labels 0, 1, 2, ... without a gap: {remedy}"
+            f"{source}: id2label must number its labels 0, 1, 2, ... without a gap: {REMEDY}"
         )
     return tuple(by_id[i] for i in range(len(by_id)))

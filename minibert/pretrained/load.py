@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minibert.files import MinibertError, write_text
 from minibert.machine import Chosen, choose_dtype
 from minibert.model.encoder import EncoderLayer, initial
 from minibert.model.heads import BertWithHead
-from minibert.pretrained import config_json, hub, weights
+from minibert.pretrained import config_json, families, hub, weights
 
 Model = TypeVar("Model", bound=BertWithHead)
 
-# Redundant tensors: a buffer that holds 0, 1, 2, ..., and copies of tied weights.
+# Redundant tensors: a buffer that holds 0, 1, 2, ..., and copies of tied weights; by BERT's names.
 REDUNDANT = {
-    "bert.embeddings.position_ids": None,
+    "bert.embeddings.position_ids": "",
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
@@ -104,7 +104,7 @@ def model(
     attention = choose_attention(attn_implementation, device, dtype, config.head_size).value
     # In inference mode the parameters could never be trained; files are read into CPU memory.
     with (
-        weights.opened(directory / weights.WEIGHTS) as checkpoint,
+        weights.opened(directory / weights.WEIGHTS, config.model_type) as checkpoint,
         torch.inference_mode(False),
         torch.device("cpu"),
     ):
@@ -175,7 +175,7 @@ def check_heads(checkpoint: weights.Checkpoint, heads: int) -> None:
 
 
 def fill(
-    model: nn.Module,
+    model: BertWithHead,
     checkpoint: weights.Checkpoint,
     dtype: torch.dtype,
     initializer_range: float,
@@ -194,6 +194,7 @@ def fill(
         MinibertError: a tensor of another shape, or not floating point; most are missing; or a
             tensor of the encoder is not used.
     """
+    model_type = model.config.model_type
     names = weights.names_of(model)
     tensors = checkpoint.tensors
     there = missing = 0  # parameters; all are checked before memory is allocated for one
@@ -222,32 +223,37 @@ def fill(
             )
     if not there:
         raise MinibertError(
-            f"{source}: holds no tensor of a BERT (it has {', '.join(sorted(tensors)[:3])} ...): "
-            "name the checkpoint of a BERT"
+            f"{source}: holds no tensor of a {model_type.upper()} "
+            f"(it has {', '.join(sorted(tensors)[:3])} ...): name a checkpoint that does"
         )
     if missing > there:
         raise MinibertError(
             f"{source}: holds {there} of the {there + missing} parameters that config.json and the "
             "labels ask for: use the config.json that belongs to it"
         )
-    unused = sorted(tensors.keys() - names.values() - REDUNDANT.keys())
+    redundant = {
+        families.tensor_name(name, model_type): families.tensor_name(original, model_type)
+        for name, original in REDUNDANT.items()
+    }
+    unused = sorted(tensors.keys() - names.values() - redundant.keys())
+    prefix = families.NAMES[model_type].prefixes[0]
     for name in unused:
-        if name.startswith(("bert.embeddings.", "bert.encoder.")):
+        if name.startswith((prefix + "embeddings.", prefix + "encoder.")):
             raise MinibertError(
                 f"{tensors[name].path}: holds {name}, for which the model of config.json has no "
                 "use: use the config.json that belongs to it"
             )
     tied = {
         name: original
-        for name, original in REDUNDANT.items()
+        for name, original in redundant.items()
         if name in tensors and original in tensors and original in names.values()
     }
     found = {n: t.to(dtype) for n, t in checkpoint.read({*names.values(), *tied})}
     for name, original in tied.items():
         if not torch.equal(found[name], found[original]):
             raise MinibertError(
-                f"{tensors[name].path}: {name} differs from {original}, to which it is tied in "
-                "BERT: use a checkpoint with tied embeddings"
+                f"{tensors[name].path}: {name} differs from {original}, to which it is tied: "
+                "use a checkpoint with tied embeddings"
             )
     state, initialised = {}, []
     for ours, theirs in names.items():

@@ -12,12 +12,16 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minibert.files import MinibertError, parse_json, read_json, reason, replacing
+from minibert.pretrained import families
+
+if TYPE_CHECKING:
+    from minibert.model.heads import BertWithHead
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
@@ -36,11 +40,13 @@ SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 SHARDS = 256  # most files of a checkpoint; all are open while it is read
 HEADS = "minibert.num_attention_heads"  # which no tensor's shape tells
 
-# Ours on the left, the checkpoint's on the right; {i} runs over the layers.
+# Ours on the left, BERT's checkpoints' on the right; {i} runs over the layers. families.py has the
+# names of the other families.
 NAMES = """
 bert.embeddings.word.weight            bert.embeddings.word_embeddings.weight
 bert.embeddings.position.weight        bert.embeddings.position_embeddings.weight
 bert.embeddings.segment.weight         bert.embeddings.token_type_embeddings.weight
+bert.embeddings.task.weight            bert.embeddings.task_type_embeddings.weight
 bert.embeddings.norm.weight            bert.embeddings.LayerNorm.weight
 bert.embeddings.norm.bias              bert.embeddings.LayerNorm.bias
 bert.layers.{i}.attention.query.weight bert.encoder.layer.{i}.attention.self.query.weight
@@ -72,14 +78,15 @@ head.norm.bias                         cls.predictions.transform.LayerNorm.bias
 """
 
 
-def names_of(model: nn.Module) -> dict[str, str]:
+def names_of(model: BertWithHead) -> dict[str, str]:
     """Our name to the checkpoint's, for every parameter of ``model`` in order."""
     table = dict(line.split() for line in NAMES.strip().splitlines())
     names = {}
     for ours, _ in model.named_parameters():
         layer = next((part for part in ours.split(".") if part.isdigit()), "")
         pattern = ours.replace(f".{layer}.", ".{i}.") if layer else ours
-        names[ours] = table[pattern].replace("{i}", layer)
+        theirs = table[pattern].replace("{i}", layer)
+        names[ours] = families.tensor_name(theirs, model.config.model_type)
     return names
 
 
@@ -122,7 +129,7 @@ class Stored(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a checkpoint by the names of ``NAMES``; each is read when it is needed.
+    """The tensors of a checkpoint by their family's names; each is read when it is needed.
 
     Args:
         tensors: by name.
@@ -160,15 +167,17 @@ class Checkpoint:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Checkpoint]:
+def opened(path: Path, model_type: str = "bert") -> Iterator[Checkpoint]:
     """The checkpoint in a safetensors file, or in the several that its index beside it lists.
 
-    Names may lack the ``bert.`` prefix. ``LayerNorm.gamma`` and ``.beta`` are accepted for
-    ``LayerNorm.weight`` and ``.bias``, in LayerNorms only: other names may contain these words.
+    Names may lack the prefix of the family ``model_type``, and those of an ERNIE may begin with
+    ``bert.``. ``LayerNorm.gamma`` and ``.beta`` are accepted for ``LayerNorm.weight`` and
+    ``.bias``, in LayerNorms only: other names may contain these words.
 
     Raises:
         MinibertError: no such file, a pickle, a damaged file, or an index that does not fit.
     """
+    prefixes = families.NAMES[model_type].prefixes
     with ExitStack() as stack:
         tensors: dict[str, Stored] = {}
         metadata = {}
@@ -181,10 +190,11 @@ def opened(path: Path) -> Iterator[Checkpoint]:
                     f"{file}: {name} is in {has}, but not in {lacks}: fetch both again"
                 )
             for name, stored in found.items():
-                if tensors.setdefault(_canonical(name), stored) is not stored:
-                    twice = name if _canonical(name) != name else tensors[name].name
+                canonical = _canonical(name, prefixes)
+                if tensors.setdefault(canonical, stored) is not stored:
+                    twice = name if canonical != name else tensors[name].name
                     raise MinibertError(
-                        f"{file}: {twice} and {_canonical(name)} name the same tensor: "
+                        f"{file}: {twice} and {canonical} name the same tensor: "
                         "fetch or save it again"
                     )
         yield Checkpoint(tensors, metadata)
@@ -288,16 +298,17 @@ def _header(file: BinaryIO) -> tuple[int, dict]:
     return 8 + length, header
 
 
-def _canonical(name: str) -> str:
+def _canonical(name: str, prefixes: tuple[str, ...]) -> str:
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
         if name.endswith(old):
             name = name.removesuffix(old) + new
-    if name.startswith(("embeddings.", "encoder.", "pooler.")):
-        name = "bert." + name
+    for prefix in ("", *prefixes):
+        if name.startswith(tuple(prefix + part for part in ("embeddings.", "encoder.", "pooler."))):
+            return prefixes[0] + name.removeprefix(prefix)
     return name
 
 
-def save(model: nn.Module, path: Path, heads: int) -> None:
+def save(model: BertWithHead, path: Path, heads: int) -> None:
     """Write the parameters under their checkpoint names, atomically.
 
     The metadata contains a hash of the tensors, so that a flipped bit is found on loading, and the

@@ -47,7 +47,7 @@ class Size(NamedTuple):
         bound that is not needed, is a thread block that ends at once.
         """
         sentences = _power_of_two(len(layout.lengths) + 1)  # the same with and without a filler
-        longest = min(max(SHORT, _power_of_two(layout.max_length)), positions)
+        longest = min(max(SHORT, _power_of_two(max(layout.lengths))), positions)
         return cls(sum(layout.lengths), sentences, longest)
 
 
@@ -243,7 +243,7 @@ class Graphs:
             call.
         """
         ids_N, _, layout = _packed(inputs)
-        size = Size.of(layout, self.model.config.max_position_embeddings)
+        size = Size.of(layout, self.model.config.max_length)
         if size not in self.recordings:
             places = Places.of(size, ids_N.device)
             places.fill(inputs, scale)

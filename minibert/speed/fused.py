@@ -37,7 +37,7 @@ def attend(
         context_NHK = cuda.attend_padded(*qkv, *real_tokens(layout), layout.length, dropout_p)
     else:
         context_NHK = cuda.attend_packed(
-            *qkv, starts(layout, q_NHK.device), layout.max_length, dropout_p
+            *qkv, starts(layout, q_NHK.device), max(layout.lengths), dropout_p
         )
     return Attended(context_NHK, None)
 

@@ -199,6 +199,7 @@ class PrepackedLayer(nn.Module):
         self.head_size = attention.head_size
         self.output = linear(attention.output.weight, attention.output.bias)
         self.attention_norm = layer.attention_norm
+        self.is_gelu = feed_forward.activation is F.gelu
         self.up = linear(feed_forward.up.weight, feed_forward.up.bias)
         self.down = linear(feed_forward.down.weight, feed_forward.down.bias)
         self.feed_forward_norm = layer.feed_forward_norm
@@ -209,7 +210,8 @@ class PrepackedLayer(nn.Module):
         qkv_N3HK = self.qkv(x_ND).view(len(x_ND), 3, -1, self.head_size)
         context_ND, probs = self.attend(qkv_N3HK, layout)
         x_ND = self.attention_norm(self.output.plus(context_ND, x_ND))
-        x_ND = self.feed_forward_norm(self.down.plus(self.up.gelu(x_ND), x_ND))
+        up_NF = self.up.gelu(x_ND) if self.is_gelu else self.up(x_ND).relu_()
+        x_ND = self.feed_forward_norm(self.down.plus(up_NF, x_ND))
         return x_ND, probs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrepackedLayer:

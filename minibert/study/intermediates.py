@@ -21,7 +21,7 @@ from typing import NamedTuple
 #     softmax; "-" where it cannot be seen
 #   what it is
 TABLE = """
-embeddings.sum     D    in   embeddings.LayerNorm         (word + segment) + position
+embeddings.sum     D    in   embeddings.LayerNorm         (word + segment) + position (+ task)
 embeddings         D    out  embeddings                   LayerNorm of the embeddings
 .q                 HK   out  .attention.self.query        query projection
 .k                 HK   out  .attention.self.key          key projection
@@ -33,7 +33,7 @@ embeddings         D    out  embeddings                   LayerNorm of the embed
 .attention_output  D    out  .attention.output.dense      output projection of attention
 .attention_norm    D    out  .attention.output.LayerNorm  LayerNorm of attention output + residual
 .pre_gelu          F    out  .intermediate.dense          first linear layer of the FFN
-.post_gelu         F    in   .output.dense                GELU
+.post_gelu         F    in   .output.dense                GELU (or ReLU)
 .ffn_output        D    out  .output.dense                second linear layer of the FFN
 .ffn_norm          D    out  .output.LayerNorm            LayerNorm of FFN output + residual
 logits             L    out  logits                       head (masked LM: V instead of L)

@@ -68,7 +68,7 @@ def look(tagger: Tagger, text: str, window: int = 1) -> View:
         ValueError: the layers are prepacked.
     """
     model, tokenizer, words = tagger.model, tagger.tokenizer, split(text)
-    examples = examples_of([words.words], tokenizer, model.config.max_position_embeddings)
+    examples = examples_of([words.words], tokenizer, model.config.max_length)
     if not examples:
         raise MinibertError("the text has no word: give a sentence")
     count = len(examples)

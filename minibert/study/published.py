@@ -1,7 +1,8 @@
 """Check that a downloaded checkpoint gives the published scores.
 
-The fill-mask scores come from the model cards of bert-base-cased and bert-base-uncased. Reproducing
-them checks file, loading, model and tokenizer together, without another library.
+The fill-mask scores come from the model cards of bert-base-cased, bert-base-uncased and
+roberta-base. Reproducing them checks file, loading, model and tokenizer together, without another
+library.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from minibert.files import MinibertError, sha256_of
 from minibert.model.heads import BertForMaskedLM
-from minibert.pretrained import hub
+from minibert.pretrained import families, hub
 from minibert.pretrained.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # the cards' scores come from other machines and versions
 
-# By checkpoint: a text, and the five best pieces at its [MASK] with their probabilities.
+# By checkpoint: a text, and the five best pieces at its mask with their probabilities.
 # fmt: off
 FILL_MASK: dict[str, list[tuple[str, dict[int, float]]]] = {
     "bert-base-cased": [
@@ -41,6 +42,16 @@ FILL_MASK: dict[str, list[tuple[str, dict[int, float]]]] = {
         ("Hello I'm a [MASK] model.", {
             4827: 0.1073106899857521, 2535: 0.08774490654468536, 2047: 0.05338378623127937,
             3565: 0.04667217284440994, 2986: 0.027095865458250046,
+        }),
+    ],
+    "roberta-base": [
+        ("Hello I'm a <mask> model.", {
+            2943: 0.3306540250778198, 2182: 0.04655390977859497, 2038: 0.04232972860336304,
+            2734: 0.037216778844594955, 1083: 0.03253649175167084,
+        }),
+        ("The man worked as a <mask>.", {
+            25682: 0.08702439814805984, 38233: 0.0819653645157814, 32364: 0.073323555290699,
+            18678: 0.046322137117385864, 2510: 0.040150221437215805,
         }),
     ],
 }
@@ -77,7 +88,8 @@ def verify(name: str, directory: Path) -> Iterator[Check]:
         return
     model = BertForMaskedLM.from_pretrained(directory)
     assert model.load_report is not None
-    body_missing = [n for n in model.load_report.initialised if n.startswith("bert.")]
+    prefix = families.NAMES[model.config.model_type].prefixes[0]
+    body_missing = [n for n in model.load_report.initialised if n.startswith(prefix)]
     yield Check(not body_missing, f"every tensor of the encoder is present{_list(body_missing)}")
     if name not in FILL_MASK:
         return  # no masked-LM head in the file, so no published scores
@@ -100,14 +112,14 @@ def check_scores(
 
 @torch.inference_mode()
 def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str) -> Tensor:
-    """Probability (V,) float32 of every piece at the [MASK] of ``text``.
+    """Probability (V,) float32 of every piece at the [MASK] of ``text``, or its <mask>.
 
     Raises:
-        ValueError: the text does not hold exactly one [MASK].
+        ValueError: the text does not hold exactly one.
     """
     ids = tokenizer.encode(text)
     if ids.count(tokenizer.mask_id) != 1:
-        raise ValueError(f"{text!r} must hold [MASK] exactly once")
+        raise ValueError(f"{text!r} must hold {tokenizer.kind.mask} exactly once")
     logits_BSV = model(torch.tensor([ids], device=model.device)).logits
     return logits_BSV[0, ids.index(tokenizer.mask_id)].float().softmax(-1)
 

@@ -55,7 +55,7 @@ class Embedder:
     """
 
     def __init__(self, model: BertWithHead, tokenizer: Tokenizer, max_length: int):
-        positions = model.config.max_position_embeddings
+        positions = model.config.max_length
         if not 2 <= max_length <= positions:
             raise ValueError(
                 f"max_length must be from 2 to {positions}, the positions of the model, "
@@ -98,7 +98,7 @@ class Embedder:
         model, tokenizer = open_model(
             Encoder, directory, attn_implementation, dtype, device, prepack
         )
-        positions = model.config.max_position_embeddings
+        positions = model.config.max_length
         return cls(model, tokenizer, max_length or min(MINILM_LENGTH, positions))
 
     @property

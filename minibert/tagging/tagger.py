@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
+from minibert.model.config import FAMILIES
 from minibert.model.heads import BertForTokenClassification, BertWithHead
 from minibert.model.labels import TAG
 from minibert.pretrained.tokenizer import Tokenizer
@@ -84,10 +85,15 @@ class Tagger:
                     f"config.json: the label {label!r} is not O, B-TYPE or I-TYPE: "
                     "entities can be read from BIO labels only"
                 )
-        if config.max_position_embeddings < 3:
+        if config.max_length < 3:
             raise MinibertError(
                 f"config.json: max_position_embeddings is {config.max_position_embeddings}: "
                 "a text needs at least 3, for [CLS], a word and [SEP]"
+            )
+        if FAMILIES[config.model_type].counts and tokenizer.pad_id != config.pad_token_id:
+            raise MinibertError(
+                f"config.json: pad_token_id is {config.pad_token_id}, but the tokenizer pads with "
+                f"{tokenizer.pad_id}: use the tokenizer files that belong to the weights"
             )
         if len(config.labels) > MOST_LABELS:
             raise MinibertError(
@@ -113,7 +119,7 @@ class Tagger:
         prepack: bool = True,
         well_formed: bool = True,
     ) -> Tagger:
-        """Load what ``train.py`` saved, or any BERT token classifier in safetensors.
+        """Load what ``train.py`` saved, or a token classifier of a known family in safetensors.
 
         Args:
             directory: with config.json, model.safetensors and tokenizer files.
@@ -226,7 +232,7 @@ class Tagger:
             float32, on the CPU.
         """
         config = self.model.config
-        examples = examples_of(sentences, self.tokenizer, config.max_position_embeddings)
+        examples = examples_of(sentences, self.tokenizer, config.max_length)
         under_way = [(batch, self._scores(batch)) for batch in self._batches(examples)]
 
         def read() -> list[Tensor]:

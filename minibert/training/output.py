@@ -25,7 +25,7 @@ RESULTS = ("best", "last", "metrics.jsonl", "report.json", "loss.png")
 # A saved model. Without config.json nothing opens it, so that file is removed first.
 MODEL_FILES = (
     *("config.json", "model.safetensors"),
-    *("tokenizer.json", "vocab.txt", "tokenizer_config.json"),
+    *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json"),
 )
 # The temporary names that a run uses, and no others.
 OWN = re.compile(

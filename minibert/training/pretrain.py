@@ -64,7 +64,7 @@ class HiddenWords:
         self.tokenizer.check_fits(self.model.config.vocab_size)
         self.settings = {"weights": "from scratch"} if options.from_scratch else {}
         self.seed, self.masking = options.seed, recipe.masking
-        max_length = recipe.max_length(self.model.config.max_position_embeddings)
+        max_length = recipe.max_length(self.model.config.max_length)
         self.units = {name: self._units(part, max_length) for name, part in self.parts.items()}
 
     def _units(self, part: Part, max_length: int) -> list[tuple[Example, list[tuple[int, ...]]]]:

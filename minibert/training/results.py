@@ -69,7 +69,7 @@ def write_log(run: Training, output: Output) -> None:
 def save(model: BertWithHead, tokenizer: Tokenizer, output: Output, name: str) -> None:
     """Replace a directory that ``from_pretrained`` and transformers open, as a whole."""
     with output.replacing(name) as directory:
-        tokenizer.save_pretrained(directory)
+        tokenizer.save_pretrained(directory, for_words=True)
         model.save_pretrained(directory)
 
 

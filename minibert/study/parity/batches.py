@@ -65,7 +65,7 @@ def _packed(tagger: Tagger) -> Score:
 
 def _padded(model: torch.nn.Module, tagger: Tagger, device: torch.device) -> Score:
     """transformers' model on batches of ``BATCH`` sentences."""
-    tokenizer, limit = tagger.tokenizer, tagger.model.config.max_position_embeddings
+    tokenizer, limit = tagger.tokenizer, tagger.model.config.max_length
 
     @torch.inference_mode()
     def score(sentences: Sequence[Words]) -> list[Tensor]:

@@ -26,7 +26,7 @@ from minibert.machine import DTYPES, choose_device, choose_dtype, name_of
 from minibert.model.heads import BertForMaskedLM, BertForTokenClassification, BertWithHead
 from minibert.model.labels import IGNORE
 from minibert.model.layout import Packed
-from minibert.pretrained import hub, weights
+from minibert.pretrained import config_json, families, hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.pretrained.weights import names_of
 from minibert.study.intermediates import intermediate_of
@@ -107,9 +107,11 @@ def compare(
 
 def _model_class(directory: Path) -> type[BertWithHead]:
     """The model class of the head in the file; token classification if it has none."""
-    with weights.opened(directory / weights.WEIGHTS) as checkpoint:
+    model_type = config_json.read(directory / "config.json").model_type
+    with weights.opened(directory / weights.WEIGHTS, model_type) as checkpoint:
         held = checkpoint.tensors
-    masked = "classifier.weight" not in held and "cls.predictions.transform.dense.weight" in held
+    transform = families.tensor_name("cls.predictions.transform.dense.weight", model_type)
+    masked = "classifier.weight" not in held and transform in held
     return BertForMaskedLM if masked else BertForTokenClassification
 
 
@@ -134,10 +136,10 @@ def batches(
     if not ids:
         raise MinibertError("no text: give at least one")
     for number, row in enumerate(ids, start=1):
-        if len(row) > config.max_position_embeddings:
+        if len(row) > config.max_length:
             raise MinibertError(
                 f"text {number}: {len(row)} word-pieces, but the model has "
-                f"{config.max_position_embeddings} positions: give a shorter one"
+                f"{config.max_length} positions: give a shorter one"
             )
     lengths = [len(row) for row in ids]
     mask_BS = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

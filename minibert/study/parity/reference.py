@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from minibert.files import MinibertError
 from minibert.model.heads import BertWithHead
+from minibert.pretrained.families import class_name
 from minibert.pretrained.weights import names_of
 from minibert.study.intermediates import intermediate_of, names
 
@@ -53,7 +54,8 @@ def load(directory: Path, ours: BertWithHead, attn: str) -> nn.Module:
     transformers = library()
     with _quiet(transformers):
         try:
-            theirs = getattr(transformers, type(ours).__name__).from_pretrained(
+            name = class_name(type(ours).__name__, ours.config.model_type)
+            theirs = getattr(transformers, name).from_pretrained(
                 directory,
                 attn_implementation=attn,
                 dtype=torch.float32,
