@@ -10,9 +10,8 @@ Class and argument names are those of transformers. Shape legend: see layout.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +112,7 @@ class MaskedLMHead(Head):
         return F.linear(x_ND, self._tied[0].weight, self.bias)
 
 
-@dataclass(eq=False)
-class BertOutput:
+class BertOutput(NamedTuple):
     """Named as in transformers; leading axes (B, S) of a padded batch, (N,) of a packed one."""
 
     logits: Tensor

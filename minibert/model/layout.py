@@ -49,7 +49,7 @@ class Padded:
         """Layout of ``input_ids`` (B, S) and a mask of the same shape, nonzero at real tokens.
 
         A mask that hides nothing becomes None, as in transformers: attention without a mask runs
-        another kernel, whose last bits differ.
+        another kernel, whose last bits differ. A compiled or exported graph keeps its mask.
         """
         rows, length = input_ids.shape
         if attention_mask is None:
@@ -58,7 +58,8 @@ class Padded:
             shapes = f"{tuple(attention_mask.shape)}, but input_ids has {(rows, length)}"
             raise ValueError(f"attention_mask has shape {shapes}: they must be equal")
         valid_BS = attention_mask != 0
-        return cls(rows, length, None if bool(valid_BS.all()) else valid_BS)
+        hides = torch.compiler.is_compiling() or not bool(valid_BS.all())
+        return cls(rows, length, valid_BS if hides else None)
 
     @property
     def lengths(self) -> tuple[int, ...]:
