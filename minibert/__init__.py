@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
     from minibert.model.layout import Packed as Packed
     from minibert.pretrained.tokenizer import Tokenizer as Tokenizer
+    from minibert.study.parity.code import compare_code as compare_code
     from minibert.study.parity.compare import compare as compare
     from minibert.study.trace import trace as trace
     from minibert.tagging.embedder import Embedder as Embedder
@@ -39,6 +40,7 @@ _HOME = {
     "Tagger": "tagging.tagger",
     "Tokenizer": "pretrained.tokenizer",
     "compare": "study.parity.compare",
+    "compare_code": "study.parity.code",
     "evaluate": "tagging.evaluate",
     "trace": "study.trace",
 }

@@ -631,7 +631,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _parity(options: argparse.Namespace) -> int:
     from minibert.files import write_text
     from minibert.study.parity.compare import LAYOUTS, TEXTS, compare
-    from minibert.study.parity.judge import table, to_dict
+    from minibert.study.parity.judge import legend, table, to_dict
     from minibert.study.parity.page import page
 
     _given(options.text)  # is it UTF-8?
@@ -649,6 +649,7 @@ def _parity(options: argparse.Namespace) -> int:
     else:
         for comparison in comparisons:
             _show(visible(table(comparison, options.full)) + "\n")
+        _show(legend(comparisons) + "\n")
         _show("PASS" if kept else "FAIL")
     return 0 if kept else 1
 

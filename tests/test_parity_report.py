@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import MethodType
@@ -28,12 +29,13 @@ from minibert.study.parity import compare as parity_module
 from minibert.study.parity import reference, ulps
 from minibert.study.parity.compare import TEXTS as DEFAULT_TEXTS
 from minibert.study.parity.compare import compare
-from minibert.study.parity.judge import OPERATIONS, Comparison, Row, table
-from minibert.study.parity.page import picture
+from minibert.study.parity.judge import COLUMNS, OPERATIONS, VANISHES, Comparison, Row, table
+from minibert.study.parity.page import picture, span
 from tests.builders import save, small_bert, small_checkpoint
 
 TEXTS = ("who knows", "a", "some text here")
 ATTN, DTYPES = ("eager", "sdpa"), ("fp32", "bf16", "fp16")
+DOT = re.compile(r'<circle cx="[\d.]+" cy="([\d.]+)" r="[\d.]+"( class="bad")?><title>(\S+):')
 COMPARED = reference.watched(2)  # every intermediate but probs_dropped
 
 
@@ -302,28 +304,54 @@ def test_the_page_draws_every_intermediate_and_escapes_text(
     assert page.open == []
     assert hostile in page.texts
     assert "script" not in page.tags
-    assert page.addresses == []
+    assert page.addresses == ["#sdpa-fp32-packed"]  # from the matrix to the picture
+    assert 'id="sdpa-fp32-packed"' in text
+    assert 'td class="broken"' in text
     assert page.tags.count("svg") == 1
-    assert page.tags.count("circle") == len(COMPARED)
-    assert page.tags.count("polyline") == 2
-    red = re.findall(r'r="4.5" style="fill:var\(--broken\)"><title>(\S+):', text)
-    assert red[0] == "layers.1.post_gelu"
-    points = [re.findall(r"[\d.]+,([\d.]+)", line) for line in re.findall(r'points="(.*?)"', text)]
-    theirs, ours = ([float(y) for y in line] for line in points)
-    fault = COMPARED.index("layers.1.post_gelu")
-    assert len(theirs) == len(ours) == len(COMPARED)
-    assert max(abs(a - b) for a, b in zip(theirs[:fault], ours[:fault])) < 10
-    assert theirs[fault] - ours[fault] > 50  # far above: y grows downward
+    dots = DOT.findall(text)
+    assert len(dots) == page.tags.count("circle") > len(COMPARED)  # and gradients, and the step
+    kept = {name: float(y) for y, bad, name in dots if not bad}
+    broken = {name: float(y) for y, bad, name in dots if bad}
+    assert next(iter(broken)) == "layers.1.post_gelu"
+    assert {"layers.1.pre_gelu", "layers.0.post_gelu", "embeddings"} <= kept.keys()
+    limit = float(re.search(r'class="limit" d="M\d+ ([\d.]+)H', text)[1])
+    assert all(y > limit for y in kept.values())  # y grows downward
+    assert all(y < limit for y in broken.values())
+    for operation in ("pre_gelu", "gradient", "step"):
+        assert f'text-anchor="end">{operation}<title>{OPERATIONS[operation]}' in text
+    assert "error ÷ permitted error" in page.texts
 
 
-def test_errors_that_cannot_be_drawn_are_gaps() -> None:
-    def row(name: str, error: float | None) -> Row:
-        return Row(name, False, 0.0, 0, error, error, error, False, "first at [0]: 0.0")
+def row_of(name: str, error: float | None, reference: float | None = 1e-7) -> Row:
+    bound = None if error is None else 2 * reference
+    kept = error is None or error <= bound
+    return Row(name, False, 0.0, 0, error, reference, error, bound, kept, "first at [0]: 0.0")
 
-    gap = [row("embeddings.sum", 1e-7), row("embeddings", float("inf")), row("logits", 1e-5)]
-    assert Page(picture(Comparison("sdpa", "fp16", "packed", gap))).tags.count("polyline") == 4
-    none = [row("embeddings.sum", 0.0), row("logits", None)]
-    assert "polyline" not in picture(Comparison("sdpa", "fp16", "packed", none))
+
+def test_errors_beyond_the_scale_are_drawn_at_its_edges() -> None:
+    rows = [row_of("embeddings.sum", 0.0), row_of("embeddings", float("inf"))]
+    rows += [row_of("layers.0.q", 1e-7), row_of("dropout:bert.x", None, None)]
+    c = Comparison("sdpa", "fp16", "packed", rows)
+    low, high = span([c])
+    assert (low, high) == (-1, 1)  # of the finite ratio 0.5, and always around 1
+    assert span([c, Comparison("sdpa", "fp16", "packed", [row_of("logits", 1e-2)])]) == (-1, 5)
+    dots = {name: float(y) for y, _, name in DOT.findall(picture(c, (low, high)))}
+    assert list(dots) == ["embeddings.sum", "embeddings", "layers.0.q"]
+    assert dots["embeddings.sum"] > dots["layers.0.q"] > dots["embeddings"]
+    assert "circle" not in picture(Comparison("sdpa", "fp16", "packed", []), (low, high))
+
+
+def test_a_gradient_that_is_zero_has_a_footnote() -> None:
+    zero, other = row_of("gradient:bert.k.bias", 3e9, 2e9), row_of("logits", 1e-7)
+    zero = replace(zero, ulps=1_576_487_936)
+    report = str(Comparison("sdpa", "fp32", "packed", [other, zero]))
+    (line,) = [line for line in report.splitlines() if "k.bias" in line]
+    assert line.split()[2:] == ["0.0e+00", "*", "*", "*", "*", "0.75"]
+    assert "1576487936" not in report
+    assert f"* {VANISHES.format(who='minibert')}" in " ".join(report.split())
+    assert "zero, or nearly" not in str(Comparison("sdpa", "fp32", "packed", [other]))
+    for column in COLUMNS:
+        assert re.search(rf"^ +{re.escape(column)}  \w", report, re.MULTILINE)
 
 
 def test_fused_attention_is_held_to_a_bounded_error(tiny: Path, capsys, monkeypatch) -> None:

@@ -71,7 +71,7 @@ def compare(
     where = choose_device(device)
     directory = hub.locate_model(directory)
     reference.library()
-    model_class = _model_class(directory)
+    model_class = model_class_of(directory)
     ours = {
         name: model_class.from_pretrained(
             directory, attn_implementation=name, device=where, seed=SEED
@@ -98,14 +98,15 @@ def compare(
                 got = observe(ours[name], ours[name], inputs, dtype, dtype, bits)
                 runs = [expected, exact, own]
                 if not bits:  # nothing is promised at padding
-                    got = got if layout == "packed" else _cut(got, lengths)
-                    runs = [_cut(values, lengths) for values in runs]
+                    got = got if layout == "packed" else cut(got, lengths)
+                    runs = [cut(values, lengths) for values in runs]
                 rows = judge(bits, got, runs[0], runs[1], runs[2], before)
-                comparisons.append(Comparison(name, name_of(dtype), layout, rows, where.type))
+                made = Comparison(name, name_of(dtype), layout, rows, where.type, bits=bits)
+                comparisons.append(made)
     return comparisons
 
 
-def _model_class(directory: Path) -> type[BertWithHead]:
+def model_class_of(directory: Path) -> type[BertWithHead]:
     """The model class of the head in the file; token classification if it has none."""
     model_type = config_json.read(directory / "config.json").model_type
     with weights.opened(directory / weights.WEIGHTS, model_type) as checkpoint:
@@ -236,14 +237,14 @@ def _stepped(parameters: dict[str, nn.Parameter], mine: bool) -> dict[str, Tenso
     return {name: parameter.detach().cpu() for name, parameter in copies.items()}
 
 
-def _cut(values: Values, lengths: Sequence[int]) -> Values:
+def cut(values: Values, lengths: Sequence[int]) -> Values:
     """The values of a padded batch without its padding, as a packed batch has them."""
-    cut: Values = {}
+    real: Values = {}
     for name, parts in values.items():
         if ":" in name:  # of a parameter, which has no tokens
-            cut[name] = parts
+            real[name] = parts
         elif intermediate_of(name).is_map:
-            cut[name] = [map_HSS[:, :n, :n] for map_HSS, n in zip(parts[0], lengths)]
+            real[name] = [map_HSS[:, :n, :n] for map_HSS, n in zip(parts[0], lengths)]
         else:
-            cut[name] = [torch.cat([row[:n] for row, n in zip(parts[0], lengths)])]
-    return cut
+            real[name] = [torch.cat([row[:n] for row, n in zip(parts[0], lengths)])]
+    return real

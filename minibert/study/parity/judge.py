@@ -16,7 +16,10 @@ is relative to the distance that the step moves it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import inf
+from textwrap import fill
 
 import torch
 from torch import Tensor
@@ -49,6 +52,7 @@ class Row:
     error: float | None  # of minibert, relative to transformers in float64
     reference_error: float | None  # of transformers in this dtype, relative to the same
     own_error: float | None  # of minibert, relative to minibert in float64
+    bound: float | None  # the error that a bounded promise permits
     kept: bool  # the promise
     where: str | None  # the first element that differs, and both values
 
@@ -57,6 +61,20 @@ class Row:
         """Key of ``OPERATIONS``."""
         kind = self.name.partition(":")[0]
         return kind if kind in PARAMETERS else intermediate_of(self.name).name
+
+    @property
+    def ratio(self) -> float | None:
+        """The error as a fraction of the permitted one: above 1 is too much."""
+        return None if self.error is None or self.bound is None else self.error / self.bound
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether the exact value is zero, or nearly, and both libraries hold rounding alone.
+
+        Such is the gradient of the key's bias, which adds one number to all scores of a row; the
+        softmax cancels it.
+        """
+        return self.reference_error is not None and 1 < self.reference_error < inf
 
     def __str__(self) -> str:
         return f"{self.name} ({OPERATIONS[self.operation]}), {self.where}"
@@ -71,6 +89,8 @@ class Comparison:
     layout: str
     rows: list[Row]
     device: str = "cpu"
+    who: str = "minibert"  # whose numbers are judged
+    bits: bool = False  # whether bit equality is promised, and not only a bounded error
 
     @property
     def title(self) -> str:
@@ -81,7 +101,7 @@ class Comparison:
     @property
     def promise(self) -> str:
         """What is promised for the combination."""
-        if same_bits(self.attn, self.layout, self.device):
+        if self.bits:
             return "bit-equal"
         return f"error within {FORWARD:g}x, gradients {BACKWARD:g}x, of transformers' own"
 
@@ -89,6 +109,18 @@ class Comparison:
     def kept(self) -> bool:
         """Whether every row keeps the promise."""
         return self.first_broken is None
+
+    @property
+    def margin(self) -> str:
+        """How far the promise is from breaking, in a few words."""
+        if self.bits:
+            equal = sum(row.equal for row in self.rows)
+            return f"{equal} of {len(self.rows)} equal"
+        ratios = [row.ratio for row in self.rows if row.ratio is not None]
+        return f"{max(ratios, default=0):.2f} of the bound"
+
+    def __str__(self) -> str:
+        return f"{table(self)}\n{legend([self])}"
 
     @property
     def first_difference(self) -> Row | None:
@@ -107,37 +139,42 @@ def same_bits(attn: str, layout: str, device: str) -> bool:
 
 
 def judge(
-    bits: bool, got: Values, expected: Values, exact: Values, own: Values, before: dict[str, Tensor]
+    bits: bool,
+    got: Values,
+    expected: Values,
+    exact: Values,
+    own: Values | None,
+    before: dict[str, Tensor],
 ) -> list[Row]:
     """Compare every tensor of minibert with transformers', and check the promise.
 
     Args:
         bits: whether bit equality is promised; see ``same_bits``.
         got, expected: minibert's and transformers' in the dtype under test.
-        exact, own: transformers' and minibert's in float64.
+        exact, own: transformers' and minibert's in float64; without ``own`` no ``own_error``.
         before: the parameters before the step, by minibert's name.
     """
     # The reference can be accidentally exact on small tensors, so each bound is floored by the
     # error of its inputs: a gradient's by that of the logits, and a parameter's by that of all
     # parameters together, because Adam's first step is little more than the gradient's sign.
-    floor = {
-        "gradient": _error("logits", expected["logits"], exact["logits"], before),
-        "step": _joint_error(expected, exact, before),
-    }
+    floor = {"gradient": _error("logits", expected["logits"], exact["logits"], before)}
+    if before:
+        floor["step"] = _joint_error(expected, exact, before)
     rows: list[Row] = []
     for name, parts in got.items():
         x, other = _flat(parts), _flat(expected[name])
         equal = kept = bool(ulps.same(x, other).all())
-        error = reference_error = own_error = None
+        error = reference_error = own_error = bound = None
         if name in exact:
             reference_error = _error(name, expected[name], exact[name], before)
             error = reference_error if equal else _error(name, parts, exact[name], before)
-            own_error = _error(name, parts, own[name], before)
+            own_error = None if own is None else _error(name, parts, own[name], before)
+            kind = name.partition(":")[0]
+            factor = BACKWARD if kind in floor else FORWARD
+            rounding = torch.finfo(x.dtype).eps / 2  # one more than the reference
+            bound = factor * max(reference_error, floor.get(kind, 0.0)) + rounding
             if not bits:
-                kind = name.partition(":")[0]
-                factor = BACKWARD if kind in floor else FORWARD
-                rounding = torch.finfo(x.dtype).eps / 2  # one more than the reference
-                kept = error <= factor * max(reference_error, floor.get(kind, 0.0)) + rounding
+                kept = error <= bound
         rows.append(
             Row(
                 name,
@@ -147,6 +184,7 @@ def judge(
                 error,
                 reference_error,
                 own_error,
+                bound,
                 kept,
                 None if equal else _first(parts, expected[name]),
             )
@@ -193,22 +231,43 @@ def _first(parts: list[Tensor], expected: list[Tensor]) -> str:
     raise AssertionError("nothing differs")
 
 
+COLUMNS = {
+    "max |Δ|": "largest absolute difference from transformers",
+    "ULPs": "largest difference in representable numbers; inf where one side is not finite",
+    "error": "relative error of {who}: ‖x − exact‖ / ‖exact‖, exact being transformers in float64",
+    "reference": "the same error of transformers in this dtype",
+    "float64": "error of {who} relative to {who} itself in float64",
+    "÷ bound": "error as a fraction of the permitted one; above 1 breaks a bounded promise",
+}
+VANISHES = (
+    "zero, or nearly, in exact arithmetic, such as the gradient of the key's bias, which the "
+    "softmax cancels: both sides hold rounding alone, so ULPs and relative errors mean nothing. "
+    "It is kept while the rounding of {who} is no larger than permitted."
+)
+
+
 def table(comparison: Comparison, full: bool = False) -> str:
-    """A comparison as text: the worst tensor of every operation, or with ``full`` every tensor."""
+    """A comparison as text: the worst tensor of every operation, or with ``full`` every tensor.
+
+    ``legend`` explains the columns.
+    """
     c = comparison
+    head = " ".join(f"{name:>9}" for name in COLUMNS)
     lines = [
         f"{c.title}: {c.promise}: {'kept' if c.kept else 'BROKEN'}",
-        f"  {'':54} {'max |Δ|':>9} {'ULPs':>10} {'error':>9} {'reference':>9} {'float64':>9}",
+        f"  {'':54} {head}",
     ]
     for row in c.rows if full else _worst(c.rows):
-        numbers = [row.error, row.reference_error, row.own_error]
-        errors = " ".join(f"{'-' if x is None else format(x, '.1e'):>9}" for x in numbers)
         name = row.name if full else f"{row.operation:17} {_short(row)}"
+        numbers = [
+            format(row.max_abs, ".1e"),
+            "*" if row.vanishes and not row.equal else "inf" if row.ulps < 0 else str(row.ulps),
+            *("*" if row.vanishes else _number(x) for x in (row.error, row.reference_error)),
+            "*" if row.vanishes else _number(row.own_error),
+            "-" if row.ratio is None else format(row.ratio, ".2f"),
+        ]
         mark = "" if row.kept else "  <-"
-        lines.append(
-            f"  {name:54} {row.max_abs:9.1e} {'inf' if row.ulps < 0 else row.ulps:>10} "
-            f"{errors}{mark}"
-        )
+        lines.append(f"  {name:54} " + " ".join(f"{x:>9}" for x in numbers) + mark)
     if c.first_difference is None:
         lines.append("  no difference from transformers")
     else:
@@ -218,8 +277,21 @@ def table(comparison: Comparison, full: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _number(x: float | None) -> str:
+    return "-" if x is None else format(x, ".1e")
+
+
+def legend(comparisons: Sequence[Comparison]) -> str:
+    """What the columns of ``table`` mean, with a footnote if a tensor needs it."""
+    who = comparisons[0].who if comparisons else "minibert"
+    lines = [f"  {name:>9}  {what.format(who=who)}" for name, what in COLUMNS.items()]
+    if any(row.vanishes for c in comparisons for row in c.rows):
+        lines.append(f"  {'*':>9}  {VANISHES.format(who=who)}")
+    return "\n".join(fill(line, 100, subsequent_indent=" " * 13) for line in lines)
+
+
 def _worst(rows: list[Row]) -> list[Row]:
-    """The worst row of every operation: a broken promise, a difference, the largest error ratio."""
+    """The worst row of every operation: a broken promise, a difference, the largest ratio."""
     worst: dict[str, Row] = {}
     for row in rows:
         known = worst.setdefault(row.operation, row)
@@ -229,9 +301,7 @@ def _worst(rows: list[Row]) -> list[Row]:
 
 
 def _badness(row: Row) -> tuple[bool, bool, float]:
-    if row.error is None or not row.reference_error:
-        return not row.kept, not row.equal, row.max_abs
-    return not row.kept, not row.equal, row.error / row.reference_error
+    return not row.kept, not row.equal, row.max_abs if row.ratio is None else row.ratio
 
 
 def _short(row: Row) -> str:
@@ -255,7 +325,7 @@ def to_dict(comparison: Comparison) -> dict:
         **{key: row and row.name for key, row in found.items()},
         "rows": [
             {
-                key: None if value in (float("inf"), -1) else value
+                key: None if value in (inf, -1) else value
                 for key, value in {**asdict(row), "operation": row.operation}.items()
             }
             for row in c.rows
