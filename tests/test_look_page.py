@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from minibert import Tagger
 from minibert.study.look import View, look
+from minibert.study.look_page import focus
 from minibert.study.look_page import page as page_of
 from tests.builders import minilm_checkpoint, small_checkpoint
 from tests.test_look import HOSTILE, TEXT, tagger_of
@@ -47,7 +50,9 @@ def browser() -> Iterator:
 class Opened:
     """A page in the browser, with its console messages, errors and requests."""
 
-    def __init__(self, browser, file: Path, html: str, width: int = 1100):
+    def __init__(
+        self, browser, file: Path, html: str, width: int = 1100, address: str = "layer=0&head=0"
+    ):
         file.write_text(html, encoding="utf-8")
         self.page = browser.new_page(viewport={"width": width, "height": 800})
         self.messages: list[str] = []
@@ -56,8 +61,9 @@ class Opened:
         self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("dialog", lambda dialog: self.messages.append(dialog.message))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(file.as_uri())
-        self.shown(0, 0)
+        self.page.goto(f"{file.as_uri()}#{address}")
+        if address == "layer=0&head=0":
+            self.shown(0, 0)
 
     def shown(self, layer: int, head: int) -> None:
         """Wait until this head is drawn."""
@@ -137,7 +143,7 @@ def test_a_pinned_token_stays_until_unpinned(opened: Opened, view: View) -> None
 
 
 def test_layer_and_head_are_picked_by_list_grid_and_key(opened: Opened, view: View) -> None:
-    opened.token(3).hover()
+    opened.token(3).click()  # pinned: scrolling to the grid moves others under the pointer
     opened.page.locator("#layer").select_option("4")
     opened.page.locator("#head").select_option("7")
     opened.shown(4, 7)
@@ -156,7 +162,7 @@ def test_layer_and_head_are_picked_by_list_grid_and_key(opened: Opened, view: Vi
 
 def test_everything_can_be_reached_by_keyboard(opened: Opened, view: View) -> None:
     seen = []
-    while len(seen) < 8 and seen[-1:] != ["heads"]:
+    while len(seen) < 10 and seen[-1:] != ["heads"]:
         opened.page.keyboard.press("Tab")
         seen.append(opened.run("document.activeElement.closest('[id]')?.id ?? ''"))
         if seen[-1] == "tokens":
@@ -207,6 +213,129 @@ def test_the_map_is_redrawn_at_every_width_and_in_dark_mode(opened: Opened, view
     assert len(backgrounds) == 2
 
 
+def test_a_cell_shows_its_weight_and_special_pieces_can_be_hidden(
+    opened: Opened, view: View
+) -> None:
+    S = len(view.pieces)
+
+    def weight_at(row: int, column: int) -> float:
+        x, y = (opened.run(f"grid.{side}") for side in ("left", "top"))
+        first, cell = opened.run("[first(), grid.cell]")
+        at = {"x": x + (column - first + 0.5) * cell, "y": y + (row - first + 0.5) * cell}
+        opened.page.locator("#map").hover(position=at)
+        text = opened.page.locator("#cell").inner_text()
+        assert text.startswith(f"{view.pieces[row]} ({row}) attends to {view.pieces[column]} (")
+        return float(text.rpartition(": ")[2])
+
+    assert weight_at(2, 5) == pytest.approx(view.maps[0][0][2, 5].item(), abs=0.005)
+    opened.page.locator("#hide").check()
+    assert opened.page.locator("#tokens button:visible").count() == S - 2
+    assert opened.run("[grid.count, state.token]") == [S - 2, 2]
+    assert weight_at(1, S - 2) == pytest.approx(view.maps[0][0][1, S - 2].item(), abs=0.005)
+    opened.page.locator("#scale-rows").check()
+    opened.token(3).hover()
+    row = view.maps[0][0][3, 1:-1]
+    assert opened.weights()[1:-1] == close_to(row / row.max())
+    opened.page.locator("#hide").uncheck()
+    opened.page.locator("#scale-rows").uncheck()
+    assert opened.weights() == close_to(view.maps[0][0][3])
+
+
+def test_the_address_holds_what_is_shown(browser, view: View, tmp_path: Path) -> None:
+    html, file = page_of("x", view), tmp_path / "page.html"
+    first = Opened(browser, file, html, address="")
+    best = torch.stack([focus(map_HSS) for map_HSS in view.maps])
+    layer, head = divmod(int(best.argmax()), best.shape[1])
+    first.shown(layer, head)  # the most focused head
+    listed = first.page.locator("#head option").all_inner_texts()
+    shown = [round(x, 3) for x in best[layer].tolist()]
+    order = sorted(range(len(shown)), key=lambda head: (-shown[head], head))
+    assert [int(name.split()[0]) for name in listed] == order
+    first.page.get_by_role("button", name="Layer 2, head 8").click()
+    first.token(4).click()
+    first.page.get_by_text("is attended to by").click()
+    first.page.locator("#hide").check()
+    first.page.wait_for_timeout(300)
+    address = first.run("location.hash.slice(1)")
+    assert address == "layer=2&head=8&token=4&way=to&hide=1"
+    first.close()
+    second = Opened(browser, file, html, address=address)
+    second.shown(2, 8)
+    assert second.run("[state.token, state.way, state.hide, state.pinned]") == [4, "to", True, True]
+    assert second.weights()[1:-1] == close_to(view.maps[2][8][1:-1, 4])
+    second.close()
+    third = Opened(browser, file, html, address="layer=99&head=x&token=-1&way=up")
+    third.shown(layer, head)
+    third.close()
+
+
+def test_words_are_erased_in_turn(opened: Opened, view: View, tagger: Tagger) -> None:
+    rows = opened.page.locator("#erased tbody tr")
+    assert rows.count() == len(view.words) + 1
+    for erased in range(len(view.words)):
+        fewer = view.words[:erased] + view.words[erased + 1 :]
+        (labels,) = tagger.label([fewer])
+        cells = rows.nth(erased + 1).locator("th, td").all_inner_texts()
+        assert cells.pop(0) == f"without {view.words[erased]}"
+        assert cells.pop(erased) == "–"
+        kept = view.labels[:erased] + view.labels[erased + 1 :]
+        for cell, label, before in zip(cells, labels, kept, strict=True):
+            if label.name != before.name:
+                assert cell.split()[0] == label.name
+            else:
+                points = float(cell.replace("−", "-") or 0)
+                assert points == pytest.approx(100 * (label.score - before.score), abs=0.7)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_on_the_page_stands_out(opened: Opened, scheme: str) -> None:
+    """The contrast of every element's text with what is painted below it (WCAG 2.2, 1.4.3)."""
+    opened.page.emulate_media(color_scheme=scheme)
+    opened.page.wait_for_timeout(200)
+    failures = """(() => {
+        const pen = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+        const under = (element) => element ? [...under(element.parentElement),
+            getComputedStyle(element).backgroundColor] : [];
+        const flat = (colours) => { // painted over each other
+            pen.fillStyle = "white";
+            for (const colour of colours) { pen.fillRect(0, 0, 1, 1); pen.fillStyle = colour; }
+            pen.fillRect(0, 0, 1, 1);
+            return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        };
+        const light = (colour) => colour
+            .map((x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+        return [...document.body.querySelectorAll("*")].flatMap((element) => {
+            const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+            if (!own || ["SCRIPT", "OPTION"].includes(element.tagName)) return [];
+            const ground = under(element), style = getComputedStyle(element);
+            for (let e = element; e; e = e.parentElement)
+                if (getComputedStyle(e).opacity !== "1") return [[element.outerHTML, "opacity"]];
+            const [a, b] = [light(flat([...ground, style.color])), light(flat(ground))];
+            const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+            return ratio < 4.5 ? [[element.outerHTML.slice(0, 200), ratio]] : [];
+        });
+    })()"""
+    assert opened.run(failures) == []
+
+
+def test_no_column_of_twelve_layers_covers_another(browser, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 48}
+    folder = small_checkpoint(tmp_path / "twelve", words=("'", "?"), **sizes)
+    html = page_of("x", look(tagger_of(folder), TEXT))
+    opened = Opened(browser, tmp_path / "page.html", html, width=1400)
+    edges = opened.run(
+        """[...$("predictions").rows].map((row) => [...row.cells].map((cell) => {
+             const {left, right} = cell.getBoundingClientRect();
+             return [left, right];
+           }))"""
+    )
+    assert len(edges[0]) == 4 + 12
+    for row in edges:
+        assert all(a[1] <= b[0] + 0.5 for a, b in pairwise(row))
+    opened.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_every_shade(opened: Opened, scheme: str) -> None:
     """The contrast is at least 4.5 to 1 (WCAG 2.2, success criterion 1.4.3)."""
@@ -239,11 +368,11 @@ def test_the_table_shows_the_predictions(opened: Opened, view: View) -> None:
         word = view.word_of[place]
         assert cells[0] == view.pieces[place]
         assert cells[1] == ("" if word is None else view.words[word])
-        for cell, layer in zip(cells[2:], view.predictions):
+        for cell, layer in zip(cells[3:], view.predictions, strict=True):
             name, percent = cell.split()
             assert name == layer[place].name
             assert int(percent) == pytest.approx(100 * layer[place].score, abs=0.6)
-        assert cells[9].split()[:1] == ([] if word is None else [view.labels[word].name])
+        assert cells[2].split()[:1] == ([] if word is None else [view.labels[word].name])
     marks = opened.page.locator("#sentence mark").all_inner_texts()
     assert len(marks) == len(view.entities) > 0
     for mark, entity in zip(marks, view.entities):
@@ -257,7 +386,8 @@ def test_a_hostile_text_is_only_shown(browser, tagger: Tagger, tmp_path: Path) -
     opened = Opened(browser, tmp_path / "page.html", page_of("<img src=x>", view))
     for token in range(0, len(view.pieces), 7):
         opened.token(token).hover()
-    assert opened.page.title() == "minibert trace"
+    assert opened.page.title().startswith("</script><script>")
+    assert opened.page.title().endswith("… · minibert trace")
     assert opened.run("document.scripts.length") == 2
     assert opened.run("document.images.length") == 0
     texts = """[...$("sentence").childNodes].map((part) => part.firstChild?.data ?? "").join("")"""

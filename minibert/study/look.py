@@ -25,6 +25,7 @@ from minibert.tagging.words import Entity, Label, entities, split
 from minibert.text.batches import Example, examples_of, packed, padded
 
 WIDEST = 12  # characters of a label in the terminal
+ERASED = 64  # most words of a text for which every word is erased in turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,8 @@ class View:
     label_names: tuple[str, ...]
     predictions: list[list[Label]]  # [embeddings, layer 0, ...][S]: best label of each piece
     maps: list[Tensor]  # by layer: (H, S, S) float32 on the CPU
+    # [erased word][word]: the labels without that word, itself None; empty for more than ERASED
+    erased: list[list[Label | None]]
     attn: str
     dtype: str
     layout: str
@@ -103,10 +106,19 @@ def look(tagger: Tagger, text: str, window: int = 1) -> View:
         predictions=[_best(logits_SL, model.config.labels) for logits_SL in logits],
         # A batch of one: [0] of (1, H, S, S) when padded, of a list of (H, S, S) when packed.
         maps=[t[f"layers.{i}.probs"][0].float().cpu() for i in layers],
+        erased=_without_each(tagger, words.words),
         attn=model.attn_implementation,
         dtype=name_of(model.dtype),
         layout="packed" if tagger.pack else "padded",
     )
+
+
+def _without_each(tagger: Tagger, words: list[str]) -> list[list[Label | None]]:
+    """What the words would be labelled if one were not there, for each of them."""
+    if not 1 < len(words) <= ERASED:
+        return []
+    fewer = [words[:i] + words[i + 1 :] for i in range(len(words))]
+    return [[*row[:i], None, *row[i:]] for i, row in enumerate(tagger.label(fewer))]
 
 
 def _word_of(tokenizer: Tokenizer, words: list[str], example: Example) -> list[int | None]:

@@ -10,8 +10,9 @@ const $ = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 // What is shown. A pinned token stays when the pointer moves on.
-const state = { layer: 0, head: 0, token: data.start, way: "from", pinned: false };
+const state = { layer: 0, head: 0, token: data.start, way: "from", pinned: false, hide: false, scaled: false };
 let map = new Uint8Array(S * S); // of state.layer, state.head
+let shades = map; // the same, each row divided by its largest if state.scaled
 let ramp = []; // [red, green, blue] of every byte
 let pixels = new Uint32Array(); // the same in the format of ImageData
 
@@ -75,9 +76,64 @@ function hue(label) {
 
 const percent = (p) => String(Math.round(100 * p));
 
+/** The first and the last piece that are shown: all, or all but [CLS] and [SEP]. */
+const first = () => (state.hide ? 1 : 0);
+const last = () => (state.hide ? S - 2 : S - 1);
+const visible = (i) => first() <= i && i <= last();
+
+/** The bytes to paint: the map, or with state.scaled each row up to its largest visible weight. */
+function shadesOf(map) {
+  if (!state.scaled) return map;
+  const scaled = new Uint8Array(S * S);
+  for (let row = 0; row < S; row++) {
+    const most = Math.max(1, ...map.subarray(row * S + first(), row * S + last() + 1));
+    for (let i = row * S; i < (row + 1) * S; i++) {
+      scaled[i] = Math.min(data.levels, Math.round((map[i] * data.levels) / most));
+    }
+  }
+  return scaled;
+}
+
+// The address holds what is shown, so that a link opens the same view.
+
+const RANGES = { layer: data.layers, head: data.heads, token: S };
+
+/** The state that the address asks for; what is missing or wrong is as at the start. */
+function fromAddress() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  const all = data.focus.flat();
+  const best = all.indexOf(Math.max(...all));
+  const found = { layer: Math.floor(best / data.heads), head: best % data.heads, token: data.start };
+  for (const [name, count] of Object.entries(RANGES)) {
+    const value = asked.get(name);
+    if (/^\d+$/.test(value) && Number(value) < count) found[name] = Number(value);
+  }
+  found.way = asked.get("way") === "to" ? "to" : "from";
+  for (const name of ["hide", "scaled"]) found[name] = asked.get(name) === "1";
+  found.pinned = asked.has("token");
+  return found;
+}
+
+let waiting = 0;
+
+/** Write the state into the address, once it has been still for a moment. */
+function toAddress() {
+  clearTimeout(waiting);
+  if (location.protocol === "about:") return; // within another page, which has the address
+  waiting = setTimeout(() => {
+    const shown = new URLSearchParams({ layer: state.layer, head: state.head });
+    if (state.pinned) shown.set("token", state.token);
+    if (state.way === "to") shown.set("way", "to");
+    for (const name of ["hide", "scaled"]) if (state[name]) shown.set(name, "1");
+    history.replaceState(null, "", `#${shown}`);
+  }, 200);
+}
+
 // Drawing
 
 function drawSentence() {
+  const text = data.segments.map(([part]) => part).join("");
+  document.title = `${text.length > 60 ? `${text.slice(0, 59)}…` : text} · minibert trace`;
   for (const [text, here, type, score] of data.segments) {
     const part = make(type === null ? "span" : "mark", here ? "" : "elsewhere", text);
     if (type !== null) {
@@ -117,11 +173,11 @@ function drawHeads() {
     for (let head = 0; head < data.heads; head++) {
       const button = make("button");
       const canvas = make("canvas");
-      const first = (layer * data.heads + head) * area;
-      paint(canvas, thumbs.subarray(first, first + area), data.thumb_size);
+      const start = (layer * data.heads + head) * area;
+      paint(canvas, thumbs.subarray(start, start + area), data.thumb_size);
       button.type = "button";
       button.ariaLabel = `Layer ${layer}, head ${head}`;
-      button.title = button.ariaLabel;
+      button.title = `${button.ariaLabel}, focus ${data.focus[layer][head].toFixed(2)}`;
       button.dataset.layer = layer;
       button.dataset.head = head;
       button.append(canvas);
@@ -131,8 +187,8 @@ function drawHeads() {
 }
 
 /** The weight between the chosen token and another, in the chosen direction. */
-function byteAt(other) {
-  return state.way === "from" ? map[state.token * S + other] : map[other * S + state.token];
+function byteAt(other, bytes = map) {
+  return state.way === "from" ? bytes[state.token * S + other] : bytes[other * S + state.token];
 }
 
 const shown = []; // the byte that each token shows, so that only changes touch the page
@@ -140,7 +196,8 @@ const shown = []; // the byte that each token shows, so that only changes touch 
 function shadeTokens() {
   const tokens = $("tokens").children;
   for (let i = 0; i < S; i++) {
-    const byte = byteAt(i);
+    if (tokens[i].hidden === visible(i)) tokens[i].hidden = !visible(i);
+    const byte = byteAt(i, shades);
     if (byte === shown[i]) continue;
     shown[i] = byte;
     tokens[i].style.setProperty("--shade", css(ramp[byte]));
@@ -157,7 +214,7 @@ function shadeTokens() {
 
 /** The largest weights of the chosen token as bars, and one bar for the rest. */
 function listStrongest() {
-  const order = [...data.pieces.keys()].sort((a, b) => byteAt(b) - byteAt(a) || a - b).slice(0, 8);
+  const order = [...data.pieces.keys()].filter(visible).sort((a, b) => byteAt(b) - byteAt(a) || a - b).slice(0, 8);
   const row = (name, p) => {
     const item = make("li");
     const bar = make("span", "bar");
@@ -171,7 +228,7 @@ function listStrongest() {
     if (twice) name.append(make("small", "", ` at ${i}`));
     return row(name, weight(byteAt(i)));
   });
-  if (state.way === "from" && S > order.length) {
+  if (state.way === "from" && S > order.length && !state.hide) {
     const rest = 1 - order.reduce((sum, i) => sum + weight(byteAt(i)), 0);
     rows.push(row(make("span", "name rest", `${S - order.length} others`), Math.max(0, rest)));
   }
@@ -182,7 +239,7 @@ function listStrongest() {
   $("reading").replaceChildren(name, ` ${way} `, make("span", "hidden", best));
 }
 
-const grid = { cell: 1, left: 0, top: 0 }; // position of the map on its canvas, in CSS pixels
+const grid = { cell: 1, left: 0, top: 0, count: S }; // position of the map on its canvas, in CSS pixels
 
 /** The attention map, with the pieces along its sides if there is room. */
 function drawMap() {
@@ -191,13 +248,15 @@ function drawMap() {
   const style = getComputedStyle(document.documentElement);
   const pen = canvas.getContext("2d");
   const font = (cell) => `${Math.min(13, Math.max(9, cell * 0.6))}px ui-monospace, "DejaVu Sans Mono", monospace`;
-  pen.font = font(room / S);
+  const count = (grid.count = last() - first() + 1);
+  const pieces = data.pieces.slice(first(), last() + 1);
+  pen.font = font(room / count);
   const measure = (piece) => pen.measureText(clipped(piece)).width;
-  const widest = room / S < 11 ? room : Math.max(...data.pieces.map(measure));
-  const labelled = (room - widest - 8) / S >= 11;
+  const widest = room / count < 11 ? room : Math.max(...pieces.map(measure));
+  const labelled = (room - widest - 8) / count >= 11;
   grid.left = grid.top = labelled ? Math.ceil(widest) + 8 : 0;
-  grid.cell = Math.min(48, (room - grid.left) / S);
-  const size = grid.cell * S;
+  grid.cell = Math.min(48, (room - grid.left) / count);
+  const size = grid.cell * count;
   const scale = devicePixelRatio;
   canvas.width = Math.round((grid.left + size) * scale);
   canvas.height = Math.round((grid.top + size) * scale);
@@ -205,16 +264,16 @@ function drawMap() {
   canvas.style.height = `${grid.top + size}px`;
   pen.scale(scale, scale);
   pen.imageSmoothingEnabled = grid.cell < 1;
-  pen.drawImage(painted, grid.left, grid.top, size, size);
+  pen.drawImage(painted, first(), first(), count, count, grid.left, grid.top, size, size);
   pen.strokeStyle = style.getPropertyValue("--line");
   pen.strokeRect(grid.left, grid.top, size, size);
   if (labelled) {
     pen.font = font(grid.cell);
     pen.textAlign = "right";
     pen.textBaseline = "middle";
-    data.pieces.forEach((piece, i) => {
+    pieces.forEach((piece, i) => {
       const at = (i + 0.5) * grid.cell;
-      pen.fillStyle = style.getPropertyValue(i === state.token ? "--mark" : "--ink");
+      pen.fillStyle = style.getPropertyValue(i + first() === state.token ? "--mark" : "--ink");
       pen.fillText(clipped(piece), grid.left - 5, grid.top + at);
       pen.save();
       pen.translate(grid.left + at, grid.top - 5);
@@ -225,7 +284,7 @@ function drawMap() {
   }
   pen.strokeStyle = style.getPropertyValue("--mark");
   pen.lineWidth = 2;
-  const at = state.token * grid.cell;
+  const at = (state.token - first()) * grid.cell;
   const thick = Math.max(3, grid.cell);
   if (state.way === "from") pen.strokeRect(grid.left, grid.top + at, size, thick);
   else pen.strokeRect(grid.left + at, grid.top, thick, size);
@@ -237,7 +296,7 @@ const clipped = (piece) => (piece.length > 12 ? piece.slice(0, 11) + "…" : pie
 function drawPredictions() {
   const table = $("predictions");
   const head = table.createTHead().insertRow();
-  const names = ["piece", "word", "embeddings", ...Array.from({ length: data.layers }, (_, i) => `layer ${i}`), "label"];
+  const names = ["piece", "word", "label", "embeddings", ...Array.from({ length: data.layers }, (_, i) => `layer ${i}`)];
   for (const name of names) {
     const cell = make("th", "", name);
     cell.scope = "col";
@@ -246,22 +305,47 @@ function drawPredictions() {
   const body = table.createTBody();
   data.pieces.forEach((piece, i) => {
     const word = data.word_of[i];
-    const first = word !== null && data.word_of[i - 1] !== word;
+    const starts = word !== null && data.word_of[i - 1] !== word;
     const row = body.insertRow();
-    row.className = first ? "" : word === null ? "unused" : "unused inner";
+    row.className = starts ? "" : word === null ? "unused" : "unused inner";
     const name = make("th", "piece", piece);
     name.scope = "row";
-    row.append(name, make("td", "", first ? data.words[word][0] : ""));
+    row.append(name, make("td", "", starts ? data.words[word][0] : ""));
+    row.append(starts ? labelled("label", data.words[word][1], data.words[word][2]) : make("td", "label"));
     const predicted = data.predictions.map((layer) => layer[i]);
-    const last = predicted[predicted.length - 1][0];
+    const final = predicted[predicted.length - 1][0];
     let settled = predicted.length - 1;
-    while (settled > 0 && predicted[settled - 1][0] === last) settled--;
+    while (settled > 0 && predicted[settled - 1][0] === final) settled--;
     predicted.forEach(([label, p], layer) => {
       const cell = labelled("", label, p);
-      if (first && last !== "O" && layer === settled) cell.classList.add("settles");
+      if (starts && final !== "O" && layer === settled) cell.classList.add("settles");
       row.append(cell);
     });
-    row.append(first ? labelled("label", data.words[word][1], data.words[word][2]) : make("td", "label"));
+  });
+}
+
+/** What each word would be labelled without each other one. */
+function drawErased() {
+  $("why").hidden = data.erased.length === 0;
+  const table = $("erased");
+  const head = table.createTHead().insertRow();
+  const heading = (text, scope) => Object.assign(make("th", "piece", text), { scope });
+  head.append(make("td"), ...data.words.map(([word]) => heading(word, "col")));
+  const body = table.createTBody();
+  const now = body.insertRow();
+  now.append(heading("nothing erased", "row"), ...data.words.map(([, label, p]) => labelled("label", label, p)));
+  data.erased.forEach((found, erased) => {
+    const row = body.insertRow();
+    row.append(heading(`without ${data.words[erased][0]}`, "row"));
+    found.forEach((cell, word) => {
+      const [, label, p] = data.words[word];
+      if (cell === null) row.append(make("td", "word", "–"));
+      else if (cell[0] !== label) row.append(labelled("changed", ...cell));
+      else {
+        const points = Math.round(100 * (cell[1] - p));
+        row.append(make("td", "", points ? `${points > 0 ? "+" : "−"}${Math.abs(points)}` : ""));
+      }
+    });
   });
 }
 
@@ -279,15 +363,33 @@ function labelled(className, label, p) {
 /** Change the token, the direction or the pin. */
 function show(change) {
   Object.assign(state, change);
+  if (!visible(state.token)) state.token = data.start;
+  $("hide").checked = state.hide;
+  $("scale-rows").checked = state.scaled;
+  $("choice").elements.way.value = state.way;
+  if ("hide" in change || "scaled" in change) repaint();
+  toAddress();
   shadeTokens();
   listStrongest();
   drawMap();
+}
+
+function repaint() {
+  shades = shadesOf(map);
+  paint(painted, shades, S);
+}
+
+/** The heads of a layer in the list, the most focused first. */
+function listHeads(layer) {
+  const order = [...data.focus[layer].keys()].sort((a, b) => data.focus[layer][b] - data.focus[layer][a] || a - b);
+  $("head").replaceChildren(...order.map((head) => new Option(`${head} (focus ${data.focus[layer][head].toFixed(2)})`, head)));
 }
 
 /** Change the head. Its map is inflated first; if the choice changed meanwhile, drop it. */
 async function showHead(layer, head) {
   Object.assign(state, { layer, head });
   $("layer").value = layer;
+  listHeads(layer);
   $("head").value = head;
   for (const button of $("heads").querySelectorAll("button")) {
     const chosen = Number(button.dataset.layer) === layer && Number(button.dataset.head) === head;
@@ -297,7 +399,8 @@ async function showHead(layer, head) {
   const found = await inflate(data.maps[layer][head]);
   if (state.layer !== layer || state.head !== head) return;
   map = found;
-  paint(painted, map, S);
+  repaint();
+  $("cell").textContent = "Point at a cell to read its weight.";
   $("map-title").textContent = `Layer ${layer}, head ${head}`;
   show({});
 }
@@ -331,11 +434,11 @@ function listen() {
     if (token !== null) show({ token, pinned: !(state.pinned && token === state.token) });
   });
   $("tokens").addEventListener("keydown", (event) => {
-    const to = step(event.key, state.token, 1, S);
+    const to = step(event.key, state.token - first(), 1, last() - first() + 1);
     if (to === null) return;
     event.preventDefault();
-    show({ token: to });
-    $("tokens").children[to].focus();
+    show({ token: to + first() });
+    $("tokens").children[state.token].focus();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") show({ pinned: false });
@@ -354,21 +457,33 @@ function listen() {
   });
   $("choice").addEventListener("change", (event) => {
     if (event.target.name === "way") show({ way: event.target.value });
+    else if (event.target.id === "hide") show({ hide: event.target.checked });
+    else if (event.target.id === "scale-rows") show({ scaled: event.target.checked });
     else showHead(Number($("layer").value), Number($("head").value));
   });
   $("map").addEventListener("pointermove", (event) => {
-    const along = state.way === "from" ? event.offsetY - grid.top : event.offsetX - grid.left;
-    const token = Math.floor(along / grid.cell);
-    if (token >= 0 && token < S && token !== state.token && !state.pinned) show({ token });
+    const row = Math.floor((event.offsetY - grid.top) / grid.cell) + first();
+    const column = Math.floor((event.offsetX - grid.left) / grid.cell) + first();
+    const token = state.way === "from" ? row : column;
+    if (visible(token) && token !== state.token && !state.pinned) show({ token });
+    if (!visible(row) || !visible(column)) return;
+    const value = weight(map[row * S + column]).toFixed(3);
+    $("cell").textContent = `${data.pieces[row]} (${row}) attends to ${data.pieces[column]} (${column}): ${value}`;
+  });
+  addEventListener("hashchange", () => {
+    const { layer, head, ...rest } = fromAddress();
+    show(rest);
+    showHead(layer, head);
   });
   new ResizeObserver(drawMap).observe($("map").parentElement);
   dark.addEventListener("change", recolour);
 }
 
 for (let layer = 0; layer < data.layers; layer++) $("layer").append(new Option(layer, layer));
-for (let head = 0; head < data.heads; head++) $("head").append(new Option(head, head));
+Object.assign(state, fromAddress());
 drawSentence();
 drawTokens();
 drawPredictions();
+drawErased();
 listen();
 recolour();

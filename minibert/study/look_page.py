@@ -100,9 +100,13 @@ def _data(title: str, view: View) -> dict:
         "predictions": [
             [[label.name, round(label.score, 3)] for label in layer] for layer in view.predictions
         ],
+        "erased": [
+            [label and [label.name, round(label.score, 3)] for label in row] for row in view.erased
+        ],
         "layers": layers,
         "heads": heads,
         "start": _first_shown(view),
+        "focus": [[round(x, 3) for x in focus(map_HSS).tolist()] for map_HSS in view.maps],
         "levels": levels,
         "maps": [
             [_base64(zlib.compress(code_SS.numpy().tobytes())) for code_SS in code_HSS]
@@ -116,6 +120,14 @@ def _data(title: str, view: View) -> dict:
 def quantised(probs: Tensor, levels: int) -> Tensor:
     """Weights from 0 to 1 as uint8: the square root in ``levels`` equal steps."""
     return (probs.sqrt() * levels).round().to(torch.uint8)
+
+
+def focus(map_HSS: Tensor) -> Tensor:
+    """How focused each head is, from 0 to 1: the largest weight of a row, on average over rows.
+
+    [CLS] and [SEP] do not count, on which a head rests that looks for nothing.
+    """
+    return map_HSS[:, 1:-1, 1:-1].amax(-1).mean(-1)
 
 
 def _segments(view: View) -> list[list]:

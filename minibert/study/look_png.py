@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from textwrap import shorten
 
 from minibert.files import MinibertError, replacing
 from minibert.study.look import View
@@ -53,17 +54,28 @@ def write_png(view: View, path: Path, layer: int | None = None, head: int | None
             axes.set_yticks([])
             axes.spines[:].set_linewidth(0.4)
             if i == layers[0] and not one:
-                axes.set_title(f"head {j}" if len(heads) < 3 else j, fontsize=8)
+                axes.set_title(f"head {j}", fontsize=8)
             if j == heads[0] and not one:
                 axes.set_ylabel(f"layer {i}", fontsize=8)
     if one:
         _name_pieces(grid[0, 0], view.pieces)
-    what = f"layer {layers[0]}, head {heads[0]}" if one else "attention by layer and head"
+    else:
+        figure.supxlabel("in each map: column = word-piece attended to", fontsize=9)
+        figure.supylabel("row = word-piece that attends", fontsize=9)
+    what = f"Attention of layer {layers[0]}, head {heads[0]}" if one else "Attention of every head"
+    if not one and len(layers) == 1:
+        what = f"Attention of layer {layers[0]} by head"
+    elif not one and len(heads) == 1:
+        what = f"Attention of head {heads[0]} by layer"
     if view.windows > 1:
         what += f" (window {view.window} of {view.windows})"
-    figure.suptitle(what, fontsize=9)
+    # parse_math=False: a dollar sign in the text is not mathematics.
+    figure.suptitle(
+        f"{what}\n{_quoted(view.text, round(9 * size[0]))}", fontsize=9, parse_math=False
+    )
     bar = figure.colorbar(image, ax=grid, shrink=0.5, pad=0.01, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.ax.tick_params(labelsize=7)
+    bar.set_label("attention weight (square-root scale)", fontsize=8)
     with replacing(path) as temporary, warnings.catch_warnings():
         # Characters that matplotlib's font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
@@ -78,12 +90,19 @@ def _chosen(kind: str, number: int | None, count: int) -> list[int]:
     return [number]
 
 
+def _quoted(text: str, most: int) -> str:
+    """The text in one line of at most so many characters."""
+    return f"“{shorten(text, max(20, most), placeholder=' …') or text[:20]}”"
+
+
 def _name_pieces(axes, pieces: list[str]) -> None:
     """Word-pieces along both sides; of more than ``TICKS`` every second, third, ..."""
     places = range(0, len(pieces), -(-len(pieces) // TICKS))
     names = [pieces[i] for i in places]
-    # parse_math=False: a dollar sign in the text is not mathematics.
+    axes.set_xlabel("word-piece attended to", fontsize=8)
+    axes.set_ylabel("word-piece that attends", fontsize=8)
     axes.set_xticks(places, names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(places, names, fontsize=8, parse_math=False)
     axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
     axes.tick_params(length=0)

@@ -54,7 +54,10 @@ def write_png(losses: Sequence[float], f1s: Sequence[tuple[int, float]], path: P
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
+    title = "Training loss and entity F1 by step" if f1s else "Training loss by step"
+    axes = figure.add_subplot(
+        title=title, xlabel="optimiser step", ylabel="training loss (cross-entropy per token, nats)"
+    )
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss of a step")
     # A centred mean: a mean of the past alone would lag.
@@ -68,6 +71,7 @@ def write_png(losses: Sequence[float], f1s: Sequence[tuple[int, float]], path: P
         right.set_ylabel("entity F1, %")
         right.plot(*zip(*f1s), "o-", color="C1", label="entity F1")
         lines += right.get_lines()
-    axes.legend(handles=lines, loc="center right")
+    # Below the axes, where it covers no line.
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -62,7 +62,7 @@ def page(title: str, texts: Sequence[str], comparisons: Sequence[Comparison]) ->
     sections = "".join(_section(comparison, scale) for comparison in comparisons)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Parity of {escape(title)}</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><main>
 <h1>Parity of {escape(title)}</h1>
 <p>minibert and transformers: {_verdict(kept, "every promise kept", "a promise is broken")}.</p>
 {_matrix(comparisons)}
@@ -74,7 +74,7 @@ pictures share one scale. Point at a dot to read its name.</p>
 <div class="all">{sections}</div>
 <details><summary>The columns of the tables</summary>
 <pre>{escape(legend(comparisons))}</pre></details>
-</body></html>
+</main></body></html>
 """
 
 
