@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import minibert
 from tests.pages import BLOCK, ROOT, blocks, run
 
 DOCS = ROOT / "docs"
@@ -46,14 +48,21 @@ def test_every_page_with_code_is_found() -> None:
         assert text.count("```text\n") == sum(bool(block.output) for block in blocks(text))
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """MyST warns of broken links between pages and to headings."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site. MyST warns of broken links between pages and to headings."""
+    folder = tmp_path_factory.mktemp("site")
     sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
-    built = subprocess.run([*sphinx, DOCS, tmp_path], capture_output=True, text=True)
+    built = subprocess.run([*sphinx, DOCS, folder], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_the_site_builds_without_a_warning_and_reads_offline(site: Path) -> None:
     for page in DOCS.glob("*.md"):
-        html = (tmp_path / f"{page.stem}.html").read_text("utf-8")
-        fetched = re.findall(r'<(?:script|img|iframe)[^>]+src="(?!_static/|_images/)([^"]+)"', html)
+        html = (site / f"{page.stem}.html").read_text("utf-8")
+        local = "(?!_static/|_images/)"
+        fetched = re.findall(rf'<(?:script|img|iframe)[^>]+src="{local}([^"]+)"', html)
         fetched += re.findall(r'<link[^>]+rel="stylesheet"[^>]+href="(?!_static/)([^"]+)"', html)
         assert not fetched, "the site must read without a network"
 
@@ -66,6 +75,32 @@ def test_the_flowchart_is_what_its_script_draws_and_names_files() -> None:
         for name in files.split(", "):
             folder = folder if "/" not in name else (ROOT / "minibert" / name).parent
             assert (folder / Path(name).name).exists() or (ROOT / "minibert" / name).is_dir(), name
+
+
+def test_the_api_page_has_every_public_name(site: Path) -> None:
+    html = (site / "api.html").read_text("utf-8")
+    for name in minibert.__all__:
+        assert re.search(rf'id="minibert\.([\w.]+\.)?{name}"', html), name
+
+
+def test_no_page_scrolls_sideways(site: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no browser: apt-get install chromium, then the site is tested too")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page()
+        for name in ("index", "api", "numerics", "speed"):
+            page.goto((site / f"{name}.html").as_uri())
+            for width in (375, 1000, 1311, 1312, 1344, 1376, 1408, 1440, 1600):
+                page.set_viewport_size({"width": width, "height": 800})
+                wide = page.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, f"{name}.html at {width} pixels"
+        browser.close()
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
