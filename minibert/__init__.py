@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from minibert.tagging.evaluate import evaluate as evaluate
     from minibert.tagging.tagger import Tagger as Tagger
     from minibert.tagging.words import Entity as Entity
-    from minibert.tagging.words import Label as Label
+    from minibert.text.labelling import Label as Label
 
 _HOME = {
     "BertConfig": "model.config",
@@ -34,7 +34,7 @@ _HOME = {
     "BertForTokenClassification": "model.heads",
     "Embedder": "tagging.embedder",
     "Entity": "tagging.words",
-    "Label": "tagging.words",
+    "Label": "text.labelling",
     "MinibertError": "files",
     "Packed": "model.layout",
     "Tagger": "tagging.tagger",
