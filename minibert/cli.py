@@ -163,6 +163,24 @@ def _parser() -> argparse.ArgumentParser:
     _labelling(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
+    convert = commands.add_parser(
+        "convert", help="write a file in another format or tagging scheme as BIO"
+    )
+    convert.add_argument(
+        "file",
+        metavar="IN",
+        type=Path,
+        help="columns in IOB1, IO, BIOES or BILOU; JSON lines with tokens and ner_tags, or with "
+        "text and spans; CSV",
+    )
+    convert.add_argument("output", metavar="OUT", type=Path, help="the BIO file to write")
+    convert.add_argument(
+        "--labels",
+        metavar="NAME,...",
+        help="the names of ner_tags that are numbers, in their order: O,B-PER,I-PER,...",
+    )
+    convert.set_defaults(run=_convert)
+
     download = commands.add_parser("download", help="download a pinned checkpoint or corpus")
     download.add_argument("name", help="such as minilm, bert-base-cased or mit_movie")
     download.add_argument(
@@ -332,7 +350,7 @@ def _tagger(options: argparse.Namespace, prepack: bool = True):
     if sys.stderr.isatty():  # for a person; programs read standard error for problems only
         from minibert.info import running
 
-        print(f"minibert: {visible(running(tagger.model))}", file=sys.stderr)
+        _note(running(tagger.model))
     return tagger
 
 
@@ -573,6 +591,11 @@ def _show(text: str) -> None:
     _print(f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
+def _note(text: str) -> None:
+    """Tell a person what is not the result."""
+    print(f"minibert: {visible(text)}", file=sys.stderr, flush=True)
+
+
 def _as_json(text: str, found: list) -> str:
     """Exact for a parser; what could control a terminal is written as JSON's own escapes."""
     entities = [entity._asdict() for entity in found]
@@ -596,9 +619,26 @@ def _evaluate(options: argparse.Namespace) -> int:
     from minibert.tagging.evaluate import evaluate
     from minibert.text.bio import read_bio
 
-    sentences = read_bio(options.file, options.orphans)
+    sentences = read_bio(options.file, options.orphans, _note)
     report = evaluate(_system(options), sentences, options.file)
     _show(json.dumps(report.to_dict(), indent=2) if options.json else visible(report.table()))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from minibert.tagging.convert import read_any
+    from minibert.text.bio import write_bio
+
+    names = options.labels.split(",") if options.labels else None
+    sentences, what = read_any(options.file, names)
+    write_bio(options.output, sentences)
+    types = dict.fromkeys(tag[2:] for s in sentences for tag in s.tags if tag != "O")
+    _show(
+        visible(
+            f"{options.file} ({what}): {len(sentences)} sentences with "
+            f"{', '.join(sorted(types)) or 'no entity'} written to {options.output} in BIO"
+        )
+    )
     return 0
 
 

@@ -71,7 +71,7 @@ function paint(canvas, shades, width) {
 
 /** The hue of a label's type. The golden angle keeps neighbours in the list far apart. */
 function hue(label) {
-  return 30 + 137.508 * data.types.indexOf(label.replace(/^[BI]-/, ""));
+  return 30 + 137.508 * data.types.indexOf(label.replace(/^[BIESLU]-/, ""));
 }
 
 const percent = (p) => String(Math.round(100 * p));

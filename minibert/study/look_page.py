@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.study.look import View, window_note
+from minibert.text.schemes import types_of
 
 THUMB = 32  # most pixels along a side of a map in the overview
 FINE, COARSE, LONG = 255, 63, 128  # levels of weights; COARSE for texts longer than LONG pieces
@@ -73,7 +74,6 @@ def _data(title: str, view: View) -> dict:
         F.adaptive_max_pool2d(code_HSS.float(), size).to(torch.uint8).numpy().tobytes()
         for code_HSS in codes
     )
-    types = [name[2:] for name in view.label_names if name != "O"]
     facts = [
         title,
         f"{layers} layers of {heads} heads",
@@ -89,7 +89,7 @@ def _data(title: str, view: View) -> dict:
         "Label probabilities are rounded to 0.001.",
         "segments": _segments(view),
         "text_length": len(view.text),
-        "types": list(dict.fromkeys(types)),
+        "types": types_of(view.label_names),
         "words": [
             [view.text[start:stop], label.name, round(label.score, 3)]
             for (start, stop), label in zip(view.spans, view.labels)

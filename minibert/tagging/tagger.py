@@ -18,12 +18,12 @@ from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
 from minibert.model.config import FAMILIES
 from minibert.model.heads import BertForTokenClassification, BertWithHead
-from minibert.model.labels import TAG
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
 from minibert.tagging.stream import pools, read_ahead
 from minibert.tagging.words import Entity, Label, Words, entities, join, split
 from minibert.text.batches import Batch, Example, examples_of, packed, padded
+from minibert.text.schemes import BIO, bio_labels, scheme_of, to_bio
 
 Model = TypeVar("Model", bound=BertWithHead)
 MOST_LABELS = 1000  # decoding needs memory quadratic in their number
@@ -66,7 +66,8 @@ class Tagger:
             every word on its own.
 
     Raises:
-        MinibertError: model and tokenizer do not belong together, or the labels are not BIO.
+        MinibertError: model and tokenizer do not belong together, or the labels follow no scheme of
+            text/schemes.py.
     """
 
     def __init__(
@@ -79,12 +80,6 @@ class Tagger:
     ):
         config = model.config
         tokenizer.check_fits(config.vocab_size)
-        for label in config.labels:
-            if not TAG.fullmatch(label):
-                raise MinibertError(
-                    f"config.json: the label {label!r} is not O, B-TYPE or I-TYPE: "
-                    "entities can be read from BIO labels only"
-                )
         if config.max_length < 3:
             raise MinibertError(
                 f"config.json: max_position_embeddings is {config.max_position_embeddings}: "
@@ -100,6 +95,7 @@ class Tagger:
                 f"config.json: {len(config.labels)} labels, but decoding handles at most "
                 f"{MOST_LABELS}: use a model for entities"
             )
+        self.scheme = scheme_of(config.labels, "config.json")
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
@@ -149,8 +145,9 @@ class Tagger:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels that the model gives, in the order of their ids."""
-        return self.model.config.labels
+        """The labels that the tagger gives, always BIO: for a BIO model in the order of its ids."""
+        labels = self.model.config.labels
+        return labels if self.scheme == BIO else tuple(bio_labels(labels))
 
     @overload
     def __call__(self, text: str) -> list[Entity]: ...  # type: ignore[overload-overlap]
@@ -263,8 +260,11 @@ class Tagger:
     def _decode(self, scores_WL: Tensor) -> list[Label]:
         if not len(scores_WL):
             return []
-        ids, probabilities = self.model.head.decode(scores_WL, self.well_formed)
-        return [Label(self.labels[i], score) for i, score in zip(ids, probabilities)]
+        # In IOB1, where I- may begin an entity, any sequence is well-formed.
+        well_formed = self.well_formed and self.scheme != "IOB1"
+        ids, probabilities = self.model.head.decode(scores_WL, well_formed)
+        names = [self.model.config.labels[i] for i in ids]
+        return list(map(Label, names if self.scheme == BIO else to_bio(names), probabilities))
 
     def _batches(self, examples: list[Example]) -> Iterator[Batch]:
         """Examples of similar length together, at most ``batch_tokens`` with the padding."""

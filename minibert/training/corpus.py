@@ -48,8 +48,8 @@ def corpus(options: argparse.Namespace) -> tuple[Part, dict[str, Part]]:
         options: train, test, dev, corpus, orphans and seed of the command line.
 
     Raises:
-        MinibertError: a file is missing or wrong, no entity type of a set occurs in the training
-            sentences, or ``--dev`` is neither a file nor a share.
+        MinibertError: a file is missing or wrong, the training sentences have no entity, or none of
+            a type that occurs in a set, or ``--dev`` is neither a file nor a share.
 
     Tags that occur in a set, but not in the training sentences, are printed.
     """
@@ -69,6 +69,11 @@ def corpus(options: argparse.Namespace) -> tuple[Part, dict[str, Part]]:
             {"test": read_part(folder / "engtest.bio")},
         )
     training, parts = with_dev(options, training, parts, read)
+    if labels_of(training.sentences) == ("O",):
+        raise MinibertError(
+            f"{training.source}: every tag is O, so there is no entity to learn: "
+            "name a file with B- and I- tags"
+        )
     for part in parts.values():
         if unknown := unknown_tags(part.sentences, labels_of(training.sentences), part.source):
             print(unknown)
@@ -106,7 +111,7 @@ def read_part(path: Path, orphans: str = "refuse") -> Part:
     Raises:
         MinibertError: it cannot be read, or has a malformed line.
     """
-    return Part(read_bio(path, orphans), str(path))
+    return Part(read_bio(path, orphans, print), str(path))
 
 
 def _held_out(part: Part, dev: str, seed: int) -> tuple[Part, Part]:
