@@ -101,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     tag.add_argument("text", nargs="*", help="a sentence (default: standard input, one per line)")
     tag.add_argument("--json", action="store_true", help="print JSON")
     _lines(tag)
+    tag.add_argument(
+        "--min-score",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out entities with a lower score, the mean probability of their words' labels; "
+        "below 0.5 a label is a guess (default: 0, show all)",
+    )
     _running(tag)
     _labelling(tag)
     tag.set_defaults(run=_tag)
@@ -425,14 +433,15 @@ def _tag(options: argparse.Namespace) -> int:
     from minibert.tagging.lines import process_lines
 
     show = _as_json if options.json else _marked
+
+    def shown(text: str, found: list) -> bytes:
+        kept = [entity for entity in found if entity.score >= options.min_score]
+        return f"{show(text, kept)}\n".encode()
+
     with _input(options) as (team, lines, source):
         tagger = _system(options)
         with _written(options.output if team.is_writer else None) as write:
-            process_lines(
-                *(team, tagger, lines, source),
-                lambda text, found: f"{show(text, found)}\n".encode(),
-                write,
-            )
+            process_lines(team, tagger, lines, source, shown, write)
     return 0
 
 

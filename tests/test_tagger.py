@@ -23,7 +23,7 @@ from minibert.speed.cuda import obstacles
 from minibert.tagging.evaluate import evaluate
 from minibert.tagging.stream import read_ahead
 from minibert.tagging.words import Entity, Label, Words, entities, join, split
-from minibert.text.bio import labels_of
+from minibert.text.bio import Sentence, labels_of
 from minibert.text.demo import generate
 
 TRAIN, TEST = generate()
@@ -196,7 +196,25 @@ def test_evaluation_agrees_with_labels(tagger: Tagger) -> None:
     words = sum(len(s.words) for s in TEST[:50])
     assert report.token.micro_with_o == right / words
     assert "entity F1 (seqeval default, conlleval)" in report.table()
-    assert "words: true, taken for" in report.table()
+    assert "true type          words   right  taken for" in report.table()
+    assert max(map(len, report.table().splitlines())) <= 80
+
+
+def test_the_table_names_types_in_full() -> None:
+    class Confused:
+        labels = ("O", "B-RATING", "B-RATINGS_AVERAGE")
+
+        def label(self, sentences):
+            names = ["B-RATINGS_AVERAGE", "O", "B-RATING", "O"]
+            return iter([[Label(name, 1.0) for name in names] for _ in sentences])
+
+    true = Sentence(("a", "b", "c", "d"), ("B-RATING", "B-RATING", "B-RATING", "O"))
+    lines = evaluate(Confused(), [true], "demo").table().splitlines()
+    assert lines[-3:] == [
+        "true type          words   right  taken for",
+        "RATING                 3       1  RATINGS_AVERAGE 1, O 1",
+        "O                      1       1",
+    ]
 
 
 def test_models_that_cannot_tag_are_refused(directory: Path, minilm: Path, tmp_path: Path) -> None:
@@ -227,6 +245,10 @@ def test_tag_prints_text_and_json(directory: Path, tagger: Tagger, command) -> N
     assert status == 0
     for entity in entities:
         assert f"[{entity['text']} {entity['type']} " in out
+    scores = sorted(entity["score"] for entity in entities)
+    least = ("--json", "--dtype", "fp32", "--min-score", scores[1])
+    _, out, _ = command("tag", directory, text, *least)
+    assert sorted(e["score"] for e in json.loads(out)["entities"]) == scores[1:]
 
 
 def test_text_may_follow_options(directory: Path, command, capsys) -> None:

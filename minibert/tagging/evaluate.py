@@ -11,6 +11,8 @@ from minibert.text.bio import Sentence, label_ids
 from minibert.text.labelling import WordTagger
 from minibert.text.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
 
+COLUMNS = 80  # of a terminal
+
 
 @dataclass(frozen=True)
 class Report:
@@ -65,19 +67,25 @@ class Report:
         return "\n".join([*lines, "", *self._confusion_lines()])
 
     def _confusion_lines(self) -> list[str]:
-        """Words by true type (rows) and predicted type (columns), B and I together."""
-        counts: Counter[tuple[str, str]] = Counter()
+        """Words by true type, and the types that they are taken for, B and I together."""
+        counts: dict[str, Counter[str]] = {}
         for true, row in self.token.confusion.items():
             for predicted, count in row.items():
-                counts[_type(true), _type(predicted)] += count
-        types = sorted({t for pair in counts for t in pair}, key=lambda t: (t == "O", t))
-        width = max(len(str(count)) for count in counts.values()) + 1
-        width = max(width, 7)
-        head = "".join(f"{t[: width - 1]:>{width}}" for t in types)
-        lines = [f"{'words: true, taken for':22}{head}"]
-        for true in types:
-            cells = "".join(f"{counts[true, t] or '.':>{width}}" for t in types)
-            lines.append(f"{true:22}{cells}")
+                counts.setdefault(_type(true), Counter())[_type(predicted)] += count
+        width = max(16, *(len(true) for true in counts))
+        lines = [f"{'true type':{width}} {'words':>7} {'right':>7}  taken for"]
+        for true in sorted(counts, key=lambda t: (t == "O", t)):
+            found = counts[true]
+            if not found.total():
+                continue
+            line = f"{true:{width}} {found.total():7} {found[true]:7} "
+            wrong = [f"{t} {n}" for t, n in found.most_common() if n and t != true]
+            for i, cell in enumerate(wrong):
+                if i and len(line) + len(cell) > COLUMNS - len(",  ..."):
+                    line += ", ..."
+                    break
+                line += f"{',' if i else ''} {cell}"
+            lines.append(line.rstrip())
         return lines
 
 
@@ -96,6 +104,8 @@ def unknown_tags(sentences: Sequence[Sentence], labels: Sequence[str], source: P
         MinibertError: it knows none of the entities' tags.
     """
     tags = Counter(tag for sentence in sentences for tag in sentence.tags if tag != "O")
+    if not tags:
+        return f"{source}: every tag is O: there is no entity to find"
     unknown = sorted(tags.keys() - set(labels))
     if unknown and len(unknown) == len(tags):
         label_ids(sentences, labels, source)
