@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.files import MinibertError
-from minibert.model.heads import BertWithHead
+from minibert.model.config import BertConfig
+from minibert.model.heads import BertWithHead, Head
 from minibert.model.layout import Packed
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
@@ -36,8 +37,20 @@ ON_GPU = 8192  # word-pieces of a pass on a GPU
 MINILM_LENGTH = 256  # the max_seq_length of all-MiniLM-L6-v2 in sentence-transformers
 
 
+class Unchanged(Head):
+    """No head: the scores are the hidden states."""
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """(N, D) as they are."""
+        return x_ND
+
+
 class Encoder(BertWithHead):
-    """BERT without a head: ``encoder.bert`` is all there is."""
+    """BERT alone: what its output calls logits are the hidden states of the last layer."""
+
+    def __init__(self, config: BertConfig, attn_implementation: str = "sdpa"):
+        super().__init__(config, attn_implementation)
+        self.head = Unchanged()
 
 
 class Embedder:
