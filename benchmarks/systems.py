@@ -46,8 +46,8 @@ def section(folder: Path) -> str:
             continue
         found = json.loads(paths[-1].read_text())
         measured += [Measured(**of_seed) for of_seed in found["runs"]]
-        sources.append(f"{system}: {found['machine']['device']}, {found['date']}")
-    lines = [table(measured), "", f"`make compare`; {'; '.join(sources)}."]
+        sources.append(f"{system} on {found['machine']['device']}, {found['date']}")
+    lines = [table(measured), "", f"`make compare`{': ' if sources else ''}{'; '.join(sources)}."]
     if missing:
         lines += ["", NOT_RUN.format(", ".join(missing))]
     return "\n".join(lines)

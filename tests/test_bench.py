@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from benchmarks import bench, report, runs, scores
+from benchmarks import bench, report, runs, scores, systems
 from benchmarks.child import run_child
 from benchmarks.workload import NATIVE, OURS
 from minibert.files import MinibertError
@@ -240,6 +240,7 @@ def test_the_documents_have_the_tables_of_the_results_in_the_repository() -> Non
     sections = {
         "README.md": [("speed", report.summary(results)), ("scores", scores.table())],
         "docs/speed.md": [("speed", report.page(results))],
+        "docs/baselines.md": [("compare", systems.section(runs.RESULTS))],
     }
     for document, expected in sections.items():
         text = (runs.ROOT / document).read_text()
