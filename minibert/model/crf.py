@@ -4,8 +4,8 @@ The labels y of a sentence have the probability exp(s(y)) / Z, where Z sums exp(
 
     s(y) = start[y_1] + Σ_t score_t[y_t] + Σ_t transition[y_t-1, y_t] + end[y_last]
 
-One recursion over the words gives log Z (the forward algorithm) and the best y (Viterbi 1967). If
-the weights are log-probabilities, the chain is a hidden Markov model.
+One recursion gives log Z (the forward algorithm) and the best y (Viterbi 1967). With
+log-probabilities as weights, the chain is a hidden Markov model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 def pack(x_N: Tensor, lengths: Sequence[int]) -> PackedSequence:
     """Words (N, ...) of sentences end to end as torch's LSTM takes them; empty ones are dropped.
 
-    ``data`` holds all first words, then all second ones, ...; in each step long sentences first.
+    ``data`` holds all first words, then all second ones; long sentences first.
     """
     return pack_sequence(list(x_N.split([n for n in lengths if n])), enforce_sorted=False)
 
@@ -48,7 +48,7 @@ class Chain(nn.Module):
 
     @torch.enable_grad()
     def probabilities(self, scores: PackedSequence) -> PackedSequence:
-        """Of every label of every word, (N, L): the gradient of log Z with respect to its score.
+        """Of every label of every word, (N, L): the derivative of log Z by its score.
 
         Backpropagation through the forward algorithm is the backward algorithm (Eisner 2016).
         """
