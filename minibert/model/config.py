@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """What a family computes in its own way; pretrained/families.py has its names."""
+    """What a family computes differently; pretrained/families.py names it."""
 
     embeddings: tuple[str, ...]  # in the order of drawing; ERNIE's task table is the last
     counts: bool = False  # positions count ids that are not padding, from pad_token_id + 1

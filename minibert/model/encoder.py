@@ -83,7 +83,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(positions, D, pad if family.counts else None)
         self.segment = nn.Embedding(config.type_vocab_size, D)
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        for name in family.embeddings:  # the order of parameters is that of transformers
+        for name in family.embeddings:  # transformers' order
             self.add_module(name, self._modules.pop(name))
         self.task = nn.Embedding(tasks, D) if tasks else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, between them GELU (Hendrycks & Gimpel 2016) or, in ERNIE 1.0, ReLU."""
+    """Two linear layers, between them GELU (Hendrycks & Gimpel 2016); ERNIE 1.0: ReLU."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
