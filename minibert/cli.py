@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("pretrain", help="train a model to fill in hidden words of plain text")
 
     tag = commands.add_parser("tag", help="find the entities in text")
-    tag.add_argument("directory", metavar="DIR", help="a model directory, such as runs/demo/best")
+    _model(tag)
     tag.add_argument("text", nargs="*", help="a sentence (default: standard input, one per line)")
     tag.add_argument("--json", action="store_true", help="print JSON")
     _lines(tag)
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.set_defaults(run=_embed)
 
     trace = commands.add_parser("trace", help="show attention and labels of a text, layer by layer")
-    trace.add_argument("directory", metavar="DIR", help="a model directory, such as runs/demo/best")
+    _model(trace)
     trace.add_argument("text", nargs="*", help="a text (default: all of standard input)")
     trace.add_argument("--html", metavar="FILE", type=Path, help="write an interactive page")
     trace.add_argument("--png", metavar="FILE", type=Path, help="draw the attention maps")
@@ -154,9 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.set_defaults(run=_trace)
 
     evaluate = commands.add_parser("evaluate", help="score a model on a BIO file")
-    evaluate.add_argument(
-        "directory", metavar="DIR", help="a model directory, such as runs/demo/best"
-    )
+    _model(evaluate)
     evaluate.add_argument(
         "file", metavar="FILE", type=Path, help="a BIO file: a word and its tag on each line"
     )
@@ -210,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         "parity",
         help="compare every number with transformers; exit status 1 if a promise is broken",
     )
-    parity.add_argument("directory", metavar="DIR", help="a model directory, tokenizer included")
+    _model(parity)
     parity.add_argument("text", nargs="*", help="sentences to run (default: three built-in ones)")
     parity.add_argument(
         "--attn",
@@ -280,6 +278,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _model(command: argparse.ArgumentParser) -> None:
+    """The model that every command runs which has one."""
+    command.add_argument(
+        "directory",
+        metavar="MODEL",
+        help="the directory of a model or a run (its best model, else its last), a name that "
+        "`minibert download` knows, or OWNER/NAME on the Hugging Face hub",
+    )
+
+
 def _lines(command: argparse.ArgumentParser) -> None:
     """The options of commands that read line by line."""
     command.add_argument(
@@ -343,9 +351,20 @@ def _layout(command: argparse.ArgumentParser, choices: Sequence[str], default: s
         )
 
 
+def _located(name: str) -> Path:
+    """The directory of a model; says which of a run's models is taken."""
+    from minibert.pretrained import hub
+
+    found = hub.locate_model(name)
+    if os.path.isdir(name) and found != Path(name):
+        _note(f"{name}: a run's directory: taking {found}")
+    return found
+
+
 def _tagger(options: argparse.Namespace, prepack: bool = True):
     from minibert.tagging.tagger import Tagger
 
+    options.directory = _located(options.directory)
     tagger = Tagger.from_pretrained(
         options.directory,
         attn_implementation=options.attn,
@@ -370,6 +389,7 @@ def _system(options: argparse.Namespace):
     """
     from minibert.tagging.saved import OnTexts, baseline, kind_of
 
+    options.directory = _located(options.directory)
     kind = kind_of(options.directory)
     if kind is None:
         return _tagger(options)
@@ -511,8 +531,11 @@ def _array(path: Path, columns: int) -> Iterator[Callable[[bytes], object]]:
 
 def _trace(options: argparse.Namespace) -> int:
     from minibert.files import write_text
+    from minibert.machine import choose_device
+    from minibert.model.heads import BertForMaskedLM
+    from minibert.pretrained.tokenizer import Tokenizer
     from minibert.study import look_png
-    from minibert.study.look import look, terminal
+    from minibert.study.look import Untagged, look, terminal
     from minibert.study.look_page import page
     from minibert.tagging.saved import kind_of
 
@@ -523,11 +546,22 @@ def _trace(options: argparse.Namespace) -> int:
     text = _given(options.text)
     if not options.text:
         text = _all_of(_standard_input())
-    view = look(_tagger(options, prepack=False), text, options.window)
+    directory = options.directory = _located(options.directory)
+    model = BertForMaskedLM.from_pretrained(
+        directory,
+        attn_implementation=options.attn,
+        dtype=options.dtype,
+        device=choose_device(options.device),
+    )
+    if "classifier.weight" in model.load_report.unused:
+        reader = _tagger(options, prepack=False)
+    else:
+        reader = Untagged(model, Tokenizer.from_pretrained(directory), options.layout == "packed")
+    view = look(reader, text, options.window)
     if options.png is not None:
         look_png.write_png(view, options.png, options.layer, options.head)
     if options.html is not None:
-        write_text(options.html, page(options.directory, view))
+        write_text(options.html, page(str(directory), view))
     if options.png is None and options.html is None:
         _show(f"{_marked(view.text, view.entities)}\n\n{visible(terminal(view))}")
     return 0
@@ -686,11 +720,12 @@ def _parity(options: argparse.Namespace) -> int:
     _given(options.text)  # is it UTF-8?
     texts = options.text or TEXTS
     layouts = LAYOUTS if options.layout == "both" else (options.layout,)
+    options.directory = _located(options.directory)
     comparisons = compare(
         options.directory, texts, options.attn, options.dtype, layouts, options.device
     )
     if options.html is not None:
-        write_text(options.html, page(options.directory, texts, comparisons))
+        write_text(options.html, page(str(options.directory), texts, comparisons))
     kept = all(comparison.kept for comparison in comparisons)
     if options.json:
         found = [to_dict(comparison) for comparison in comparisons]

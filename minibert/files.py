@@ -9,8 +9,9 @@ import re
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,6 +53,12 @@ class MinibertError(Exception):
         if len(line) > LINE:
             line = f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
         super().__init__(line)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """For messages: ``, did you mean NAME``, or nothing where no known name is close."""
+    close = get_close_matches(word, list(known), 3)
+    return f", did you mean {' or '.join(close)}" if close else ""
 
 
 def reason(error: OSError) -> str:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "minibert"
 ORDER = (
     "files machine processes model speed pretrained text baselines tagging training study info cli"
 )
-FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino", "huggingface_hub"}
+FORBIDDEN = {"transformers", "seqeval", "sklearn", "onnxruntime", "openvino"}
 
 
 def modules() -> dict[Path, ast.Module]:

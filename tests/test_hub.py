@@ -268,9 +268,37 @@ def test_weights_go_into_the_checkout() -> None:
     assert hub.default_folder("weights", "tiny") == ROOT / "weights" / "tiny"
 
 
+def test_a_run_gives_its_best_model_or_else_its_last(tmp_path: Path) -> None:
+    for name in ("last", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        assert hub.locate_model(tmp_path) == tmp_path / name
+    (tmp_path / "config.json").write_text("{}")
+    assert hub.locate_model(tmp_path) == tmp_path
+
+
+def test_a_model_in_the_cache_of_the_hub_is_found_offline(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--someone--bert" / "snapshots" / ("0" * 40)
+    cached.mkdir(parents=True)
+    (cached / "config.json").write_text("{}")
+    refs = tmp_path / "models--someone--bert" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    assert hub.locate_model("someone/bert") == cached
+    with pytest.raises(MinibertError, match=r"^no-one/bert: no such directory, and it cannot be"):
+        hub.locate_model("no-one/bert")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MinibertError, match=r"^runs/demo: neither a directory nor"):
+        hub.locate_model("runs/demo")
+
+
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(MinibertError, match="robert: neither a directory nor a known model"):
+    with pytest.raises(MinibertError, match="robert: neither a directory nor a known model: give"):
         hub.locate_model("robert")
+    with pytest.raises(MinibertError, match="known model, did you mean minilm:"):
+        hub.locate_model("mini-lm")
     with pytest.raises(MinibertError, match="atis: not a known corpus"):
         hub.locate_corpus("atis")
 

@@ -13,17 +13,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import minibert
-from minibert import Tagger
+from minibert import BertForMaskedLM, Tagger, Tokenizer
 from minibert.cli import main
 from minibert.files import MinibertError
-from minibert.study.look import look, terminal, window_note
+from minibert.pretrained import weights
+from minibert.study.look import Untagged, look, terminal, window_note
 from minibert.study.look_page import page, quantised
 from minibert.study.look_png import write_png
 from minibert.tagging.words import split
 from minibert.text.batches import examples_of, packed
-from tests.builders import LABELS, small_checkpoint
+from tests.builders import LABELS, PIECES, small_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +78,60 @@ def test_what_is_shown_is_what_was_computed(checkpoint: Path, attn: str, pack: b
         assert [label.score for label in predicted] == pytest.approx(best.values.tolist(), abs=1e-5)
     assert [label.name for label in view.predictions[-1]] == [LABELS[i] for i in logits.argmax(1)]
     assert view.entities == tagger(TEXT)
+
+
+def masked_reader(folder: Path, kind: type, **changes) -> Untagged:
+    small_checkpoint(folder, kind, **changes)
+    model = BertForMaskedLM.from_pretrained(folder, attn_implementation="sdpa")
+    return Untagged(model, Tokenizer.from_pretrained(folder))
+
+
+def test_a_masked_language_model_shows_the_best_pieces_by_layer(tmp_path: Path) -> None:
+    reader = masked_reader(tmp_path, BertForMaskedLM)
+    view = look(reader, "who [MASK] jaws?")
+    assert view.pieces == [
+        "[CLS]",
+        *["w", "##h", "##o", "[MASK]", "j", "##a", "##w", "##s", "[UNK]", "[SEP]"],
+    ]
+    with torch.no_grad(), minibert.trace(reader.model) as t:
+        logits_SV = reader.model(torch.tensor([view.ids])).logits[0]
+        embedded_SV = reader.model.head(t["embeddings"][0])
+    for layer, scores_SV in ((0, embedded_SV), (2, logits_SV)):
+        best = scores_SV.softmax(-1).topk(5)
+        for place, found in enumerate(view.best[layer]):
+            assert [p.name for p in found] == [PIECES[i] for i in best.indices[place]]
+            assert [p.score for p in found] == pytest.approx(best.values[place].tolist(), abs=1e-5)
+            assert view.predictions[layer][place] == found[0]
+    assert (view.labels, view.entities, view.label_names) == ([], [], ())
+    assert "[MASK] at 4\n" in terminal(view)
+    data = data_of(page("model", view))
+    assert data["start"] == 4
+    assert data["best"][2][4][0][0] == PIECES[logits_SV[4].argmax()]
+
+
+def test_an_encoder_alone_shows_attention(tmp_path: Path) -> None:
+    reader = masked_reader(tmp_path, BertForMaskedLM)
+    expected = look(reader, TEXT)
+    whole = load_file(tmp_path / weights.WEIGHTS)
+    body = {name: x.clone() for name, x in whole.items() if name.startswith("bert.")}
+    weights.write(tmp_path / weights.WEIGHTS, body, {"format": "pt"})
+    model = BertForMaskedLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    view = look(Untagged(model, reader.tokenizer), TEXT)
+    assert all(map(torch.equal, view.maps, expected.maps))
+    assert expected.predictions
+    assert not view.predictions
+    assert not view.best
+    assert terminal(view) == "no head, so no predictions: --html or --png shows attention"
+    assert data_of(page("model", view))["predictions"] == []
+
+
+def test_the_tables_fit_the_terminal(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path, num_hidden_layers=12)
+    view = look(tagger_of(tmp_path), TEXT)
+    lines = terminal(view).splitlines()
+    assert max(map(len, lines)) <= 80
+    found = [name for line in lines for name in re.findall(r"layer \d+|label|embeddings", line)]
+    assert found == ["embeddings", *(f"layer {i}" for i in range(12)), "label"]
 
 
 def test_pieces_belong_to_their_words(tagger: Tagger) -> None:

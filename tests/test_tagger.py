@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -220,7 +221,7 @@ def test_the_table_names_types_in_full() -> None:
 def test_models_that_cannot_tag_are_refused(directory: Path, minilm: Path, tmp_path: Path) -> None:
     with pytest.raises(MinibertError, match=r"has no trained classifier\.weight: train it first"):
         Tagger.from_pretrained(minilm)
-    with pytest.raises(MinibertError, match="no such directory"):
+    with pytest.raises(MinibertError, match="neither a directory nor a known"):
         Tagger.from_pretrained(tmp_path / "none")
     model = BertForTokenClassification.from_pretrained(minilm, num_labels=2)
     tokenizer = Tokenizer.from_pretrained(minilm)
@@ -249,6 +250,17 @@ def test_tag_prints_text_and_json(directory: Path, tagger: Tagger, command) -> N
     least = ("--json", "--dtype", "fp32", "--min-score", scores[1])
     _, out, _ = command("tag", directory, text, *least)
     assert sorted(e["score"] for e in json.loads(out)["entities"]) == scores[1:]
+
+
+@pytest.mark.parametrize(
+    "name", ["tag", "trace", "evaluate", pytest.param("parity", marks=[pytest.mark.slow])]
+)
+def test_commands_take_a_run(name: str, directory: Path, tmp_path: Path, command: Callable) -> None:
+    shutil.copytree(directory, tmp_path / "run" / "last")
+    what = write_bio(tmp_path / "test.bio", TEST[:2]) if name == "evaluate" else "jaws"
+    status, _, error = command(name, tmp_path / "run", what)
+    assert status == 0
+    assert f"run: a run's directory: taking {tmp_path / 'run' / 'last'}\n" in error
 
 
 def test_text_may_follow_options(directory: Path, command, capsys) -> None:
@@ -282,7 +294,7 @@ def test_evaluate_prints_table_and_json(directory: Path, command, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("tag", "nowhere", "hello"), "nowhere: no such directory"),
+        (("tag", "nowhere", "hello"), "nowhere: neither a directory nor a known model"),
         (("tag", "{dir}", "hello", "--device", "warp"), "device 'warp'"),
         (
             ("tag", "{dir}", "hello", "--device", "cpu", "--attn", "fused"),

@@ -1,6 +1,6 @@
 """Finds or downloads checkpoints and corpora; every file is pinned by size and SHA-256.
 
-A model is looked up as a directory, then in ``weights/NAME`` of the checkout, then in
+A model of ``MODELS`` is looked up in ``weights/NAME`` of the checkout, then in
 ``$MINIBERT_HOME/weights/NAME``; if it is in none of them it is downloaded. A download is moved to
 its final name only after it matches its pin.
 """
@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import queue
+import re
 import shutil
 import stat
 import subprocess
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from minibert.files import MinibertError, home, reason, replacing, sha256_of, sync
+from minibert.files import MinibertError, did_you_mean, home, reason, replacing, sha256_of, sync
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -60,6 +61,9 @@ class Source:
 
 
 HUB = "https://huggingface.co"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "vocab.*"]
+MODEL_FILES += ["tokenizer.json", "tokenizer_config.json", "merges.txt"]
 
 # fmt: off
 MODELS = {
@@ -125,17 +129,23 @@ CORPORA = {
 
 
 def locate_model(name_or_dir: str | Path) -> Path:
-    """The directory of a checkpoint: the given one, or that of a name, downloaded if necessary.
+    """The directory of a model, downloaded if necessary.
 
-    Files found under a name are checked against their pins (0.2 s for BERT-base). A directory given
-    by path is not checked.
+    Args:
+        name_or_dir: the directory of a model; that of a run, for its ``best`` model or else its
+            ``last``; a name of ``MODELS``, whose files are checked against their pins (0.2 s for
+            BERT-base); or OWNER/NAME on the Hugging Face hub, which has no pins.
 
     Raises:
-        MinibertError: neither a directory nor a known name, a file that does not match its pin, or
-            a download that failed.
+        MinibertError: none of these, a file that does not match its pin, or a download that failed.
     """
     if os.path.isdir(name_or_dir):  # unlike Path.is_dir, False for a name that is too long
-        return Path(name_or_dir)
+        directory = Path(name_or_dir)
+        if not (directory / "config.json").is_file():
+            for name in ("best", "last"):
+                if (directory / name / "config.json").is_file():
+                    return directory / name
+        return directory
     name = str(name_or_dir)
     if name in UNPINNED:
         raise MinibertError(
@@ -143,12 +153,34 @@ def locate_model(name_or_dir: str | Path) -> Path:
             f"config.json, vocab.txt and model.safetensors of {UNPINNED[name]} into a directory, "
             "and name that"
         )
-    if name not in MODELS:
+    if name in MODELS:
+        return _locate(MODELS[name], "weights", name)
+    if HUB_ID.fullmatch(name) and not os.path.exists(name.partition("/")[0]):
+        return _snapshot(name)
+    raise MinibertError(
+        f"{name}: neither a directory nor a known model{did_you_mean(name, MODELS)}: "
+        f"give a directory that holds config.json, such as runs/demo/best, or one of "
+        f"{', '.join(MODELS)}, or OWNER/NAME on the Hugging Face hub"
+    )
+
+
+def _snapshot(repository: str) -> Path:
+    """The files of a model on the hub, in its cache.
+
+    Raises:
+        MinibertError: there is no such model, no network, or no space.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=MODEL_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:300]
         raise MinibertError(
-            f"{name}: neither a directory nor a known model: "
-            f"give a directory that holds config.json, or one of {', '.join(MODELS)}"
-        )
-    return _locate(MODELS[name], "weights", name)
+            f"{repository}: no such directory, and it cannot be had from the Hugging Face hub "
+            f"({why}): check the name and the network"
+        ) from None
 
 
 def find_model(name: str) -> Path | None:
@@ -168,7 +200,9 @@ def locate_corpus(name: str) -> Path:
             failed.
     """
     if name not in CORPORA:
-        raise MinibertError(f"{name}: not a known corpus: give one of {', '.join(CORPORA)}")
+        raise MinibertError(
+            f"{name}: not a known corpus{did_you_mean(name, CORPORA)}: give one of {', '.join(CORPORA)}"
+        )
     return _locate(CORPORA[name], "data", name)
 
 

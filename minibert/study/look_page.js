@@ -296,7 +296,10 @@ const clipped = (piece) => (piece.length > 12 ? piece.slice(0, 11) + "…" : pie
 function drawPredictions() {
   const table = $("predictions");
   const head = table.createTHead().insertRow();
-  const names = ["piece", "word", "label", "embeddings", ...Array.from({ length: data.layers }, (_, i) => `layer ${i}`)];
+  $("layers").hidden = data.predictions.length === 0;
+  if ($("layers").hidden) return; // a model without a head
+  const tagged = data.best.length === 0;
+  const names = ["piece", "word", ...(tagged ? ["label"] : []), "embeddings", ...Array.from({ length: data.layers }, (_, i) => `layer ${i}`)];
   for (const name of names) {
     const cell = make("th", "", name);
     cell.scope = "col";
@@ -311,7 +314,7 @@ function drawPredictions() {
     const name = make("th", "piece", piece);
     name.scope = "row";
     row.append(name, make("td", "", starts ? data.words[word][0] : ""));
-    row.append(starts ? labelled("label", data.words[word][1], data.words[word][2]) : make("td", "label"));
+    if (tagged) row.append(starts ? labelled("label", data.words[word][1], data.words[word][2]) : make("td", "label"));
     const predicted = data.predictions.map((layer) => layer[i]);
     const final = predicted[predicted.length - 1][0];
     let settled = predicted.length - 1;
@@ -319,6 +322,9 @@ function drawPredictions() {
     predicted.forEach(([label, p], layer) => {
       const cell = labelled("", label, p);
       if (starts && final !== "O" && layer === settled) cell.classList.add("settles");
+      if (!tagged) {
+        cell.title = data.best[layer][i].map(([name, p]) => `${name} ${percent(p)}`).join("\n");
+      }
       row.append(cell);
     });
   });
@@ -349,7 +355,7 @@ function drawErased() {
   });
 }
 
-/** A cell with a label in its type's colour; opacity is the probability. */
+/** A cell with a label in its type's colour, or with a word-piece; opacity is the probability. */
 function labelled(className, label, p) {
   const cell = make("td", `${className} ${label === "O" ? "none" : "predicted"}`, label);
   cell.style.setProperty("--hue", hue(label));

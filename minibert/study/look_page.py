@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import zlib
+from collections.abc import Iterable
 from importlib import resources
 from itertools import pairwise
 from string import Template
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.study.look import View, window_note
+from minibert.tagging.words import Label
 from minibert.text.schemes import types_of
 
 THUMB = 32  # most pixels along a side of a map in the overview
@@ -92,14 +94,13 @@ def _data(title: str, view: View) -> dict:
         "types": types_of(view.label_names),
         "words": [
             [view.text[start:stop], label.name, round(label.score, 3)]
-            for (start, stop), label in zip(view.spans, view.labels)
+            for (start, stop), label in zip(view.spans, view.labels or [Label("", 0.0)] * S)
         ],
         "pieces": view.pieces,
         "ids": view.ids,
         "word_of": view.word_of,
-        "predictions": [
-            [[label.name, round(label.score, 3)] for label in layer] for layer in view.predictions
-        ],
+        "predictions": [_rounded(layer) for layer in view.predictions],
+        "best": [[_rounded(best) for best in layer] for layer in view.best],
         "erased": [
             [label and [label.name, round(label.score, 3)] for label in row] for row in view.erased
         ],
@@ -115,6 +116,10 @@ def _data(title: str, view: View) -> dict:
         "thumb_size": size,
         "thumbs": _base64(thumbs),
     }
+
+
+def _rounded(labels: Iterable[Label]) -> list[list]:
+    return [[label.name, round(label.score, 3)] for label in labels]
 
 
 def quantised(probs: Tensor, levels: int) -> Tensor:
@@ -151,8 +156,14 @@ def _segments(view: View) -> list[list]:
 
 def _first_shown(view: View) -> int:
     """The piece selected at first: that of the first labelled word, or else of the first word."""
-    labelled = [first for first in view.firsts if view.labels[view.word_of[first] or 0].name != "O"]
-    return (labelled or view.firsts)[0]
+    masked = [i for i, piece in enumerate(view.pieces) if view.best and piece == "[MASK]"]
+    labels = dict(enumerate(view.labels))
+    labelled = [
+        first
+        for first in view.firsts
+        if (word := view.word_of[first]) in labels and labels[word].name != "O"
+    ]
+    return (masked or labelled or view.firsts)[0]
 
 
 def _base64(raw: bytes) -> str:

@@ -25,13 +25,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.files import did_you_mean
 from minibert.model import attention, encoder
 from minibert.model.attention import Attended, AttentionFn
 from minibert.model.encoder import EncoderLayer
@@ -285,8 +285,7 @@ def _step_by_step(
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), 3)
-    return "no such name" + (f", did you mean {', '.join(close)}" if close else "")
+    return "no such name" + did_you_mean(name, known)
 
 
 def _shape(value: Tensor | list[Tensor]) -> str:

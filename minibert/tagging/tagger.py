@@ -18,6 +18,7 @@ from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype
 from minibert.model.config import FAMILIES
 from minibert.model.heads import BertForTokenClassification, BertWithHead
+from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
 from minibert.tagging.stream import pools, read_ahead
@@ -118,7 +119,7 @@ class Tagger:
         """Load what ``train.py`` saved, or a token classifier of a known family in safetensors.
 
         Args:
-            directory: with config.json, model.safetensors and tokenizer files.
+            directory: a model's or a run's directory, or a name; see ``hub.locate_model``.
             attn_implementation: "eager", "sdpa", "fused" or "auto".
             dtype: "fp32", "bf16", "fp16", a torch.dtype, or "auto": the fastest that the hardware
                 has. On a CPU with AVX2 alone, "auto" with ``prepack`` is fp32 with weights rounded
@@ -132,12 +133,7 @@ class Tagger:
             MinibertError: a file is missing or damaged, it holds no trained classifier, or a weight
                 is too large for the dtype.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise MinibertError(
-                f"{directory}: no such directory: name one that train.py wrote, "
-                "such as runs/demo/best"
-            )
+        directory = hub.locate_model(directory)
         model, tokenizer = open_model(
             BertForTokenClassification, directory, attn_implementation, dtype, device, prepack
         )
