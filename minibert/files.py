@@ -57,8 +57,8 @@ class MinibertError(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """For messages: ``, did you mean NAME``, or nothing where no known name is close."""
-    close = get_close_matches(word, list(known), 3)
-    return f", did you mean {' or '.join(close)}" if close else ""
+    close = get_close_matches(word, list(known), 1)
+    return f", did you mean {close[0]}" if close else ""
 
 
 def reason(error: OSError) -> str:
@@ -253,17 +253,31 @@ def lines_of(file: BinaryIO, source: Path | str) -> Iterator[tuple[int, bytes]]:
     number = 1
     try:
         while line := file.readline(LINE_BYTES + 1):
-            if len(line) > LINE_BYTES:
-                raise MinibertError(
-                    f"{source}:{number}: the line has more than {LINE_BYTES} bytes: "
-                    "write one sentence per line"
-                )
+            check_length(line, number, source)
             yield number, line
             number += 1
     except OSError as error:
+        raise unreadable(source, error) from None
+
+
+def check_length(line: bytes, number: int, source: Path | str) -> None:
+    """Refuse a line of more than ``LINE_BYTES``.
+
+    Raises:
+        MinibertError: it has more.
+    """
+    if len(line) > LINE_BYTES:
         raise MinibertError(
-            f"{source}: cannot be read ({reason(error)}): give text, one sentence per line"
-        ) from None
+            f"{source}:{number}: the line has more than {LINE_BYTES} bytes: "
+            "write one sentence per line"
+        )
+
+
+def unreadable(source: Path | str, error: OSError) -> MinibertError:
+    """The error for a stream of lines."""
+    return MinibertError(
+        f"{source}: cannot be read ({reason(error)}): give text, one sentence per line"
+    )
 
 
 def read_json(path: Path, remedy: str) -> Any:

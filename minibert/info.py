@@ -54,6 +54,12 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def facts() -> dict[str, str]:
+    """The same by name, for programs: ``{"minibert": ..., "auto_dtype": ...}``."""
+    lines = describe().splitlines()
+    return {line[:13].strip().replace(" ", "_"): line[13:] for line in lines}
+
+
 def running(model: BertForTokenClassification) -> str:
     """How a model runs, in a line: device, number format, attention, layers."""
     layer = model.bert.layers[0]

@@ -14,7 +14,10 @@ import fuzz
 import pytest
 from builders import python
 
-from minibert.tagging.stream import POOL, POOL_CHARACTERS, pools
+from minibert.files import MinibertError
+from minibert.tagging import lines
+from minibert.tagging.lines import arriving
+from minibert.tagging.stream import POOL, POOL_CHARACTERS, pools, read_ahead
 from minibert.text.demo import generate
 
 QUERIES = [" ".join(sentence.words) for part in generate() for sentence in part]
@@ -28,8 +31,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def queries(path: Path, count: int) -> Path:
-    lines = (QUERIES[i % len(QUERIES)] for i in range(count))
-    path.write_text("".join(f"{line}\n" for line in lines))
+    chosen = (QUERIES[i % len(QUERIES)] for i in range(count))
+    path.write_text("".join(f"{line}\n" for line in chosen))
     return path
 
 
@@ -67,6 +70,50 @@ def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None
     assert outs[0] == outs[1]
     assert outs[0].count(b"\n") == 4 * POOL + 7
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.jsonl", "2.jsonl", "in.txt"]
+
+
+def test_a_line_that_comes_alone_is_answered_at_once(folder: Path) -> None:
+    """As a coprocess: each line is sent when the answer to the one before has come."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "minibert", "tag", folder, "--json", "--device", "cpu"],
+        env=os.environ | fuzz.ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    for query in [*QUERIES[:3], ""]:
+        running.stdin.write(f"{query}\n".encode())
+        running.stdin.flush()
+        assert json.loads(running.stdout.readline())["text"] == query
+    running.stdin.write(b"no line feed at the end")
+    running.stdin.close()
+    assert json.loads(running.stdout.read())["text"] == "no line feed at the end"
+    assert running.wait(60) == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_lines_that_come_fast_share_a_pool(depth: int, monkeypatch) -> None:
+    source, sink = os.pipe()
+    monkeypatch.setattr(lines, "PAUSE_S", 0.2)
+    os.write(sink, b"a\nb\nhalf")
+    found = read_ahead((lambda pool=pool: pool for pool in arriving(source, "pipe")), depth)
+    assert next(found) == [(1, b"a\n"), (2, b"b\n")]
+    os.write(sink, b" and half\r\n" + b"c\n" * POOL)
+    os.close(sink)
+    found = [pool for pool in found if pool]
+    assert found[0][0] == (3, b"half and half\r\n")
+    assert [len(pool) for pool in found] == [POOL, 1]
+    assert found[1] == [(POOL + 3, b"c\n")]
+    os.close(source)
+
+
+def test_a_line_from_a_pipe_is_limited(monkeypatch) -> None:
+    monkeypatch.setattr("minibert.files.LINE_BYTES", 10)
+    source, sink = os.pipe()
+    os.write(sink, b"short\n" + b"x" * 20)
+    with pytest.raises(MinibertError, match=r"^pipe:2: the line has more than 10 bytes"):
+        list(arriving(source, "pipe"))
+    os.close(sink)
+    os.close(source)
 
 
 @pytest.mark.slow
@@ -193,8 +240,8 @@ def peak_mib(folder: Path, given: Path) -> int:
     output = given.with_suffix(".jsonl")
     options = ("--json", "--device", "cpu", "--file", given, "--output", output)
     peak = int(python("-c", TAG, "tag", folder, *options, **fuzz.ENVIRONMENT))
-    with given.open() as lines, output.open() as found:
-        for line, tagged in zip(lines, found, strict=True):
+    with given.open() as sent, output.open() as found:
+        for line, tagged in zip(sent, found, strict=True):
             assert tagged.startswith(json.dumps({"text": line.rstrip("\n")})[:-1])
     return peak
 
@@ -209,8 +256,8 @@ def test_memory_does_not_grow_with_the_file(folder: Path, tmp_path: Path) -> Non
     peaks = []
     for count in (10**4, 10**6):
         given = tmp_path / f"{count}.txt"
-        lines = (f"{QUERIES[i % len(QUERIES)]} {i}\n" for i in range(count))
-        given.write_text("".join(lines))
+        chosen = (f"{QUERIES[i % len(QUERIES)]} {i}\n" for i in range(count))
+        given.write_text("".join(chosen))
         peaks.append(peak_mib(folder, given))
         print(f"peak after {count} lines: {peaks[-1]} MiB")
     assert peaks[1] - peaks[0] < 16

@@ -25,7 +25,7 @@ def write_png(view: View, path: Path, layer: int | None = None, head: int | None
 
     Raises:
         MinibertError: no such layer or head, the file cannot be written, or matplotlib is not
-            installed (the extra ``minibert[plot]``).
+            installed (the extra ``plot``).
     """
     layers = _chosen("layer", layer, len(view.maps))
     heads = _chosen("head", head, len(view.maps[0]))
@@ -35,8 +35,7 @@ def write_png(view: View, path: Path, layer: int | None = None, head: int | None
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MinibertError(
-            f"matplotlib, which draws the PNG, cannot be imported ({error}): "
-            "pip install 'minibert[plot]'"
+            f"matplotlib, which draws the PNG, cannot be imported ({error}): pip install matplotlib"
         ) from None
 
     one = len(layers) == len(heads) == 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from minibert.tagging.stream import progress
 from minibert.text.bio import Sentence, label_ids
 from minibert.text.labelling import WordTagger
 from minibert.text.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
@@ -130,7 +131,8 @@ def evaluate(tagger: WordTagger, sentences: Sequence[Sentence], source: Path | s
     unknown = unknown_tags(sentences, tagger.labels, source)
     true = [list(sentence.tags) for sentence in sentences]
     labels = tagger.label(sentence.words for sentence in sentences)
-    predicted = [[label.name for label in sentence] for sentence in labels]
+    shown = progress(labels, "sentences", len(sentences))
+    predicted = [[label.name for label in sentence] for sentence in shown]
     return Report(
         len(sentences),
         token_scores(true, predicted),

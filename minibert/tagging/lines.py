@@ -3,23 +3,29 @@
     minibert tag runs/movie/best --file queries.txt --output tagged.txt
     torchrun --nproc-per-node 4 -m minibert.cli tag runs/movie/best --file queries.txt
 
-Lines are read in pools (tagger.py). With N processes, rank r tags the pools r, r + N, ... and sends
-the result to rank 0, the only one that writes. A pool makes the same batches in any process, so the
-output is byte for byte that of one process with the same number of threads (another number may sum
-in another order).
+Lines are read in pools (stream.py). A pipe or terminal also ends a pool when nothing arrives for
+``PAUSE_S``: a line that comes alone is answered at once, and fast lines still share batches.
+
+With N processes, rank r tags the pools r, r + N, ... and sends the result to rank 0, the only one
+that writes. A pool makes the same batches in any process, so the output is byte for byte that of
+one process with the same number of threads (another number may sum in another order).
 """
 
 from __future__ import annotations
 
+import os
+import re
+import select
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from minibert.files import decoded, lines_of, reading
+from minibert.files import check_length, decoded, lines_of, reading, unreadable
 from minibert.processes import Team
-from minibert.tagging.stream import pools, read_ahead
+from minibert.tagging.stream import POOL, POOL_CHARACTERS, pools, read_ahead
 
+PAUSE_S = 0.01  # without input, after which the lines that are there are tagged
 Line = tuple[int, bytes]  # line number from 1, and content with its line feed
 Found = TypeVar("Found", covariant=True)
 
@@ -38,7 +44,7 @@ class Reader(Protocol[Found]):
 def process_lines(
     team: Team,
     reader: Reader[Found],
-    lines: Iterable[Line],
+    pooled: Iterable[list[Line]],
     source: str,
     show: Callable[[str, Found], bytes],
     write: Callable[[bytes], object],
@@ -47,7 +53,7 @@ def process_lines(
 
     Args:
         team: the processes, connected.
-        reader, lines: the same in every process.
+        reader, pooled: the same in every process; see ``pools_of`` and ``arriving``.
         source: where the lines come from, for error messages.
         show: formats a text and what was found in it, for output.
         write: receives the output, one pool at a time.
@@ -57,9 +63,11 @@ def process_lines(
     """
 
     def started() -> Iterator[Callable[[], bytes]]:
-        for number, pool in enumerate(pools(lines, lambda line: len(line[1]))):
+        for number, pool in enumerate(pooled):
             owner = number % team.size
-            if owner == team.rank:
+            if not pool:  # see ``arriving``
+                yield bytes
+            elif owner == team.rank:
                 texts = [text_of(line, source) for line in pool]
                 yield partial(_shown, texts, reader.start(texts), show)
             elif team.is_writer:
@@ -68,6 +76,53 @@ def process_lines(
     for raw in read_ahead(started(), reader.depth):
         write(raw) if team.is_writer else team.send(raw, 0)
     team.wait()
+
+
+def pools_of(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """Lines that are all there, in pools that depend on nothing else."""
+    return pools(lines, lambda line: len(line[1]))
+
+
+def arriving(handle: int, source: str) -> Iterator[list[Line]]:
+    """Lines of a pipe or terminal in pools, each ended by its size or by a pause.
+
+    After a pause an empty pool follows, so that ``read_ahead`` gives the one before it.
+
+    Args:
+        handle: file descriptor.
+        source: for messages.
+
+    Raises:
+        MinibertError: it cannot be read, or a line has more than ``LINE_BYTES``.
+    """
+    number, rest = 1, b""
+    pool: list[Line] = []
+    held = 0
+    while True:
+        if pool and not select.select([handle], [], [], PAUSE_S)[0]:
+            yield pool
+            yield []
+            pool, held = [], 0
+        try:
+            chunk = os.read(handle, 1 << 16)
+        except OSError as error:
+            raise unreadable(source, error) from None
+        *whole, rest = re.split(rb"(?<=\n)", rest + chunk)
+        if not chunk and rest:
+            whole, rest = [rest], b""
+        for line in whole:
+            check_length(line, number, source)
+            pool.append((number, line))
+            number += 1
+            held += len(line)
+            if len(pool) == POOL or held > POOL_CHARACTERS:
+                yield pool
+                pool, held = [], 0
+        check_length(rest, number, source)
+        if not chunk:
+            break
+    if pool:
+        yield pool
 
 
 def _shown(

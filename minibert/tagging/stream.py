@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from tqdm import tqdm
 
 T = TypeVar("T")
 POOL = 1024  # sentences that are sorted by length together, and held in memory
@@ -27,6 +30,12 @@ def pools(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T
             pool, held = [], 0
     if pool:
         yield pool
+
+
+def progress(items: Iterable[T] | None, what: str, total: int | None = None) -> tqdm[T]:
+    """The items with a progress bar, where a terminal shows it and more than three seconds pass."""
+    hidden = True if sys.stderr is None else None  # None: hidden unless it is a terminal
+    return tqdm(items, total=total, unit=f" {what}", delay=3, leave=False, disable=hidden)
 
 
 def read_ahead(started: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:

@@ -46,7 +46,7 @@ def write_png(losses: Sequence[float], f1s: Sequence[tuple[int, float]], path: P
     """Draw the loss by step, and the entity F1 at the steps in ``f1s`` if there are any.
 
     Raises:
-        ImportError: matplotlib is not installed; the extra ``minibert[plot]`` brings it.
+        ImportError: matplotlib is not installed; the extra ``plot`` brings it.
         MinibertError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -97,7 +97,7 @@ def draw_losses(losses: list[float], f1s: list[tuple[int, float]], output: Outpu
     try:
         write_png(losses, f1s, output.at("loss.png"))
     except ImportError:
-        print("no loss.png: it needs minibert[plot]")
+        print("no loss.png: pip install matplotlib")
     except ValueError as error:  # matplotlib's settings, such as MPLBACKEND
         print(f"no loss.png: {error}")
     print(f"\nsaved to {output.path}", flush=True)

@@ -33,6 +33,7 @@ from minibert.study.intermediates import intermediate_of
 from minibert.study.parity import reference
 from minibert.study.parity.judge import Comparison, Values, judge, same_bits
 from minibert.study.trace import trace
+from minibert.tagging.stream import progress
 from minibert.training.adamw import AdamW, Group
 
 ON_CPU = ("eager", "sdpa")  # fused runs on CUDA only
@@ -85,6 +86,7 @@ def compare(
     padded, packed = batches(ours["eager"], Tokenizer.from_pretrained(directory), texts, where)
     lengths = packed["layout"].lengths
     comparisons = []
+    bar = progress(None, "comparisons", len(dtypes) * len(attn) * len(layouts))
     for chosen in dtypes:
         dtype = choose_dtype(chosen, where).value
         before = {name: p.detach().to(dtype).cpu() for name, p in ours["eager"].named_parameters()}
@@ -103,6 +105,8 @@ def compare(
                 rows = judge(bits, got, runs[0], runs[1], runs[2], before)
                 made = Comparison(name, name_of(dtype), layout, rows, where.type, bits=bits)
                 comparisons.append(made)
+                bar.update()
+    bar.close()
     return comparisons
 
 

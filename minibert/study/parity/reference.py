@@ -33,7 +33,7 @@ def library() -> ModuleType:
     except ImportError as error:
         raise MinibertError(
             f"parity compares with transformers, which cannot be imported ({error}): "
-            "pip install 'minibert[parity]'"
+            "pip install 'transformers>=5'"
         ) from None
     return transformers
 
