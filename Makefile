@@ -10,7 +10,7 @@ bench gpu-bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 bench gpu-bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 bench gpu-bench: export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: demo test test-slow fuzz gpu-test gpu-bench bench bench-full check docs train scores compare format \
+.PHONY: demo test test-slow fuzz gpu-test gpu-bench bench bench-full check docs pictures train scores compare format \
 	clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -29,7 +29,8 @@ weights/minilm/model.safetensors: | $(SETUP)
 demo: $(SETUP) weights/minilm/model.safetensors
 	rm -rf runs/demo
 	$(PYTHON) train.py --model minilm --corpus demo --dev 0.1 --output runs/demo
-	$(PYTHON) -m minibert.cli tag runs/demo/best "who directed the frozen station with irene zimmer"
+	$(PYTHON) -m minibert tag runs/demo/best "who directed the frozen station with irene zimmer"
+	@echo 'To tag more: source .venv/bin/activate, then minibert tag runs/demo "a sentence"'
 
 test: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m pytest -m "not slow and not gpu"
@@ -70,6 +71,10 @@ check: $(SETUP)
 docs: $(SETUP)
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo build/docs/index.html
+
+# The pictures of README.md, from the run of `make demo` and with Chromium.
+pictures: $(SETUP)
+	$(PYTHON) docs/pictures/draw.py
 
 # The paper's run; downloads the weights (436 MB) and the corpus if they are not there, and goes on
 # where it was interrupted.

@@ -7,22 +7,32 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 import minibert
+from tests.builders import minilm_checkpoint
 from tests.pages import BLOCK, ROOT, blocks, run
 
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if BLOCK.search(page.read_text("utf-8")))
-TEXTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("notebooks/*.ipynb"))]
+README = ROOT / "README.md"
+TEXTS = [README, *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("notebooks/*.ipynb"))]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 ARXIV = re.compile(r"arXiv[: ](\S+?)[),.;]*(?=\s|$)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.fixture
+def demo_run(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with the run of `make demo`, untrained."""
+    minilm_checkpoint(minilm, tmp_path / "runs" / "demo" / "best", ("O", "B-TITLE", "I-TITLE"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_the_code_on_a_page_prints_what_the_page_says(
     page: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -34,7 +44,7 @@ def test_the_code_on_a_page_prints_what_the_page_says(
         if block.needs is not None:
             request.getfixturevalue(block.needs)
         assert run(page, block, names) == block.output, (
-            f"{page.name}:{block.line}: to accept: python -m tests.pages docs/{page.name}"
+            f"{page.name}:{block.line}: to accept: python -m tests.pages {page.relative_to(ROOT)}"
         )
 
 
@@ -125,3 +135,14 @@ def test_files_named_on_a_page_exist(page: Path) -> None:
     )
     for name in named:
         assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_commands_of_the_readme_exist(command: Callable, capsys: pytest.CaptureFixture) -> None:
+    shown = re.findall(r"^minibert (\w+)", README.read_text("utf-8"), flags=re.MULTILINE)
+    assert {"tag", "train", "convert", "evaluate", "trace", "parity", "info"} <= set(shown)
+    for name in set(shown):
+        with pytest.raises(SystemExit, match="0"):
+            command(name, "--help")
+    extras = re.search(r"'\.\[([\w,]+)\]'", README.read_text("utf-8")).group(1).split(",")
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert all(re.search(rf"^{extra} = \[", project, flags=re.MULTILINE) for extra in extras)
