@@ -10,9 +10,10 @@
 ``--help`` explains every flag; ``minibert/training/`` holds what the loop calls.
 
 The output directory holds ``last/`` (the model after the last epoch), ``best/`` (after the epoch
-with the highest entity F1 on the dev set, if there is one), ``metrics.jsonl``, ``report.json``,
-``loss.png`` and ``checkpoints/``. With ``--resume`` an interrupted run ends in the same bits as an
-uninterrupted one (``docs/reliability.md``). Nothing is chosen by the test set.
+with the highest entity F1 on the dev set, if there is one), ``metrics.jsonl``, ``report.json`` and
+``loss.png``, and ``checkpoints/`` until the run is done. With ``--resume`` an interrupted run ends
+in the same bits as an uninterrupted one (``docs/reliability.md``). Nothing is chosen by the test
+set.
 
 Exit status: 0, done; 2, an error in the input or the numbers; 129, 130 and 143, stopped by SIGHUP,
 SIGINT or SIGTERM after a whole step and a checkpoint; 141, the reader of the output has gone.
@@ -145,10 +146,13 @@ def train(
     arguments = identity(run, recipe, options, name_of(dtype.value), task.directory, task.parts)
     arguments |= task.settings
     checkpoints = Checkpoints(output, options.keep, arguments, team)
+    if options.resume and checkpoints.is_done():
+        print(f"{output.path}: the run is done, nothing to resume")
+        return 0
     if options.resume:
         print(checkpoints.resume(run, total_steps))
     else:
-        checkpoints.begin()
+        checkpoints.begin(options.overwrite)
     stop = Stop(team)
 
     for epoch in range(max(0, run.step - 1) // steps_per_epoch + 1, recipe.epochs + 1):
@@ -191,6 +195,7 @@ def train(
 
     if team.is_writer:
         task.report(run, output)
+    checkpoints.finish()
     return 0
 
 

@@ -6,6 +6,7 @@ import importlib
 import io
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_resume import arguments, error_line, files, finished, stopped, whole
-from training_runs import KILL_POINTS, ROOT, Run, tree
+from training_runs import KILL_POINTS, ROOT, Run, assert_same_tree, tree
 
 from minibert import Tagger
 from minibert.files import MinibertError, write_text
@@ -103,11 +104,59 @@ def test_a_new_run_leaves_no_results_of_the_old_one(files: Path, tmp_path: Path)
     finished(files, output)
     assert (output / "best").is_dir()
     bare = ["--model", files / "model", "--train", files / "train.bio", "--device", "cpu"]
-    run = Run([*bare, "--epochs", "1", "--output", output], tmp_path / "said")
+    run = Run([*bare, "--epochs", "1", "--output", output, "--overwrite"], tmp_path / "said")
     assert run.wait() == 0, run.text()
     assert not (output / "best" / "config.json").exists()
     assert not (output / "report.json").exists()
     assert (output / "last" / "config.json").is_file()
+
+
+def test_a_finished_run_keeps_no_checkpoints(files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    finished(files, output, "--keep", "0")
+    done = tree(output)
+    names = {"best", "last", "finished.json", "loss.png", "metrics.jsonl", "report.json"}
+    assert {path.name for path in output.iterdir()} == names
+    said = finished(files, output, "--keep", "0", "--resume")
+    assert f"{output}: the run is done, nothing to resume" in said
+    assert tree(output) == done
+    run = Run(arguments(files, output, "--resume", "--seed", "1"), tmp_path / "said")
+    assert "holds a finished run, seed was 0 and is 1: give another --output" in error_line(run)
+    assert tree(output) == done
+
+
+@pytest.mark.slow
+def test_checkpoints_go_last_and_the_newest_at_the_end(files: Path, tmp_path: Path) -> None:
+    """Killed at each change to the disk while the run finishes: it can always be resumed."""
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    finished(files, whole, "--keep", "0")
+    finished(files, tmp_path / "kept")
+    for call in range(1, 40):
+        shutil.copytree(tmp_path / "kept", output)
+        (output / "finished.json").unlink()
+        given = arguments(files, output, "--keep", "0", "--resume")
+        run = Run(given, tmp_path / "killed", ("disk", call))
+        if run.wait() == 0:
+            break
+        assert list_of(output / "checkpoints") or (output / "finished.json").exists()
+        finished(files, output, "--keep", "0", "--resume")
+        assert_same_tree(output, whole)
+        shutil.rmtree(output)
+    assert call > 10, "too few changes to the disk"
+    assert_same_tree(output, whole)
+
+
+def test_a_finished_run_is_not_overwritten_without_a_word(files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for keep in ("0", "2"):
+        finished(files, output, "--keep", keep, "--overwrite")
+        done = tree(output)
+        run = Run(arguments(files, output), tmp_path / "said")
+        assert "holds a finished run: give another --output, or --overwrite" in error_line(run)
+        assert tree(output) == done
+    run = Run(arguments(files, output, "--overwrite", "--resume"), tmp_path / "said")
+    assert run.wait() == 2
+    assert "give one of them" in run.text()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

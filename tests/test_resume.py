@@ -47,7 +47,7 @@ def arguments(files: Path, output: Path, *more: str) -> list:
     return [
         *("--model", files / "model", "--train", files / "train.bio", "--dev", files / "test.bio"),
         *("--device", "cpu", "--epochs", "2", "--batch-size", "8", "--checkpoint-every", "2"),
-        *("--output", output, *more),
+        *("--keep", "2", "--output", output, *more),
     ]
 
 
@@ -186,7 +186,7 @@ def test_resuming_what_is_done_or_not_begun(files: Path, whole: Path, tmp_path: 
     assert "resumed from" in text
     assert_same_tree(output, whole)
     # A run that is done may be done again.
-    finished(files, output)
+    finished(files, output, "--overwrite")
     assert_same_tree(output, whole)
 
 

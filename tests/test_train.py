@@ -57,7 +57,7 @@ def test_a_run_leaves_what_it_promises_and_repeats_to_the_bit(
     output = tmp_path / "a"
     assert {path.name for path in output.iterdir()} == {
         "best",
-        "checkpoints",
+        "finished.json",
         "last",
         "loss.png",
         "metrics.jsonl",
@@ -127,7 +127,7 @@ def test_a_run_with_nothing_to_evaluate_on(files: Path, small: Path, tmp_path: P
     )
     assert status == 0, text
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"checkpoints", "last", "loss.png", "metrics.jsonl"}
+    assert left == {"finished.json", "last", "loss.png", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -192,10 +192,12 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep",
         type=int,
-        default=2,
+        default=0,
         metavar="N",
-        help="how many checkpoints to keep, the newest ones (default: 2)",
+        help="how many checkpoints to keep when the run is done, the newest ones (default: 0); "
+        "while it lasts, at least two are kept",
     )
+    add("--overwrite", action="store_true", help="replace the finished run in --output")
 
 
 def _parsed(
@@ -212,8 +214,10 @@ def _parsed(
             help=f"{field.__metadata__[0]} ({values})",
         )
     options = parser.parse_args(argv)
-    if options.checkpoint_every < 1 or options.keep < 1:
-        parser.error("--checkpoint-every and --keep must be above 0")
+    if options.checkpoint_every < 1 or options.keep < 0:
+        parser.error("--checkpoint-every must be above 0, and --keep not below")
+    if options.resume and options.overwrite:
+        parser.error("--resume continues a run and --overwrite replaces one: give one of them")
     if abs(options.seed) > LARGEST_SEED:
         parser.error(f"--seed must be between -{LARGEST_SEED} and {LARGEST_SEED}")
     return options

@@ -21,7 +21,8 @@ from minibert.files import TEMPORARY, MinibertError, reason, sync
 from minibert.processes import Team
 
 LOCK = "train.lock"
-RESULTS = ("best", "last", "metrics.jsonl", "report.json", "loss.png")
+METRICS, FINISHED = "metrics.jsonl", "finished.json"
+RESULTS = ("best", "last", METRICS, "report.json", "loss.png", FINISHED)
 # A saved model. Without config.json nothing opens it, so that file is removed first.
 MODEL_FILES = (
     *("config.json", "model.safetensors"),

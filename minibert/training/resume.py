@@ -21,24 +21,34 @@ import os
 import re
 import shutil
 import stat
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minibert.files import TEMPORARY, MinibertError, reason, sha256_of, sync
+from minibert.files import (
+    TEMPORARY,
+    MinibertError,
+    read_json,
+    reason,
+    sha256_of,
+    sync,
+    write_text,
+)
 from minibert.model.heads import BertWithHead
 from minibert.pretrained import weights
 from minibert.processes import Team
 from minibert.training.adamw import AdamW
 from minibert.training.averaging import WeightAverage
 from minibert.training.corpus import Part
-from minibert.training.output import MODEL_FILES, Output
+from minibert.training.output import FINISHED, METRICS, MODEL_FILES, Output
 from minibert.training.recipe import Recipe
 from minibert.training.schedule import LossScaler
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+NEWEST = 2  # checkpoints that are kept while a run lasts: the newest may turn out damaged
 FORMAT = 1
 REQUIRED = {"arguments", "machine", "step", "optimizer_steps", "scaler", "best_f1", "log"}
 STATE_BYTES = 1 << 30  # most in a state.json; the log has about 100 bytes per step
@@ -161,7 +171,7 @@ class Checkpoints:
 
     Args:
         output: of the run; they are in its directory ``checkpoints``.
-        keep: how many to keep, the newest ones.
+        keep: how many to keep when the run is done, the newest ones.
         arguments: the run's ``identity``.
         team: the processes of the run. With another number of processes or threads, another device
             or another torch a run resumes too, equal to rounding only, and says so.
@@ -185,21 +195,73 @@ class Checkpoints:
         found = list_of(self.folder)
         return str(found[-1]) if found else "none yet"
 
-    def begin(self) -> None:
-        """Make an empty folder for a new run; the checkpoints of a finished run are deleted.
+    def begin(self, overwrite: bool = False) -> None:
+        """Make an empty folder for a new run, and delete the checkpoints of a finished one.
+
+        Args:
+            overwrite: replace a finished run.
 
         Raises:
-            MinibertError: the folder holds an unfinished run, or cannot be made.
+            MinibertError: the folder holds an unfinished run, or a finished one that may not be
+                overwritten; or it cannot be made.
         """
         if not self.team.is_writer:
             return
-        found = list_of(self.folder)
-        if found and not is_finished(found[-1], self.output.path / "metrics.jsonl"):
+        found, done = list_of(self.folder), self.output.path / FINISHED
+        finished = done.exists()
+        if found and not finished and not is_finished(found[-1], self.output.path / METRICS):
             raise MinibertError(
                 f"{found[-1]}: belongs to an unfinished run: continue it with --resume, "
                 f"or delete {self.folder} to start over"
             )
+        if (found or finished) and not overwrite:
+            raise MinibertError(
+                f"{self.output.path}: holds a finished run: give another --output, "
+                "or --overwrite to replace it"
+            )
         self._prepare(found)
+        self.output.discard(FINISHED)
+
+    def finish(self) -> None:
+        """Record that the run is done, then delete all checkpoints but ``keep``, the newest last.
+
+        Raises:
+            MinibertError: the disk is full or the directory is not writable.
+        """
+        if not self.team.is_writer:
+            return
+        record = {"format": FORMAT, "arguments": self.arguments}
+        write_text(self.output.at(FINISHED), json.dumps(record, indent=1) + "\n")
+        self._remove_but(self.keep)
+        if not self.keep:
+            with suppress(OSError):  # it may hold what is not ours, or damaged ones
+                self.folder.rmdir()
+
+    def is_done(self) -> bool:
+        """Whether the run is finished and its checkpoints are gone: nothing is left to resume.
+
+        Raises:
+            MinibertError: the finished run had another identity.
+        """
+        done = self.output.path / FINISHED
+        if list_of(self.folder) or not done.exists():
+            return False
+        record = read_json(done, "make it readable")
+        then = record.get("arguments") if isinstance(record, dict) else None
+        if changes := differences(then if isinstance(then, dict) else {}, self.arguments):
+            raise MinibertError(
+                f"{self.output.path}: holds a finished run, {'; '.join(changes)}: "
+                "give another --output, or --overwrite without --resume to replace it"
+            )
+        return True
+
+    def _remove_but(self, count: int) -> None:
+        found = list_of(self.folder)
+        for path in found[: len(found) - count]:
+            try:
+                remove(path)
+            except OSError as error:
+                raise cannot_write(path, error) from None
 
     def _prepare(self, old: list[Path]) -> None:
         if not self.team.is_writer:
@@ -213,7 +275,7 @@ class Checkpoints:
             raise cannot_write(self.folder, error) from None
 
     def save(self, training: Training) -> None:
-        """Write a checkpoint and remove the oldest beyond ``keep``. Every process calls this.
+        """Write a checkpoint and remove the oldest that are not kept. Every process calls this.
 
         Raises:
             MinibertError: a value is not finite, the disk is full, or the folder is not writable
@@ -234,11 +296,7 @@ class Checkpoints:
         state = {"format": FORMAT, "arguments": self.arguments, "machine": self.machine}
         path = self.output.at(f"checkpoints/step-{training.step:06}")
         write(path, tensors, state | training.state())
-        try:
-            for path in list_of(self.folder)[: -self.keep]:
-                remove(path)
-        except OSError as error:
-            raise cannot_write(path, error) from None
+        self._remove_but(max(NEWEST, self.keep))
 
     def resume(self, training: Training, total_steps: int) -> str:
         """Load the newest complete checkpoint, if there is one; returns what happened, for people.
@@ -268,7 +326,7 @@ class Checkpoints:
         if changes := differences(found.state["machine"], self.machine):
             notes.append(f"{'; '.join(changes)}: the run continues, equal to rounding only")
         # A run that was killed may not have removed its old ones.
-        self._prepare(list_of(self.folder)[: -self.keep])
+        self._prepare(list_of(self.folder)[: -max(NEWEST, self.keep)])
         return "\n".join([*notes, f"resumed from {found.path}"])
 
 
