@@ -1,5 +1,14 @@
 """BERT from scratch in plain PyTorch: readable, bit-equal to transformers where it says so, fast.
 
+    Tagger, Entity, Label            entities of a text, from a trained model
+    Embedder                         vectors of texts
+    BertForTokenClassification,
+    BertForMaskedLM, BertConfig      the models, with the argument names of transformers
+    Tokenizer, Packed                word-pieces; the layout of a batch without padding
+    trace                            read and replace what a model computes
+    evaluate, compare                scores on labelled sentences; parity with transformers
+    MinibertError                    what is raised for a fault in the input
+
 A name is imported when it is first used, so that ``minibert --help`` answers at once.
 """
 

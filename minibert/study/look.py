@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 
 import torch
 from torch import Tensor
@@ -86,6 +87,15 @@ class View:
     attn: str
     dtype: str
     layout: str
+
+    def _repr_html_(self) -> str:
+        """The page of ``minibert trace --html`` in a notebook, kept apart from its scripts."""
+        from minibert.study.look_page import page
+
+        return (
+            f'<iframe srcdoc="{escape(page("minibert", self))}" sandbox="allow-scripts" '
+            'style="width: 100%; height: 900px; border: 0" title="minibert trace"></iframe>'
+        )
 
 
 def look(reader: Tagger | Untagged, text: str, window: int = 1) -> View:

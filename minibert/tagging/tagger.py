@@ -22,7 +22,7 @@ from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
 from minibert.tagging.stream import pools, read_ahead
-from minibert.tagging.words import Entity, Label, Words, entities, join, split
+from minibert.tagging.words import Entities, Label, Words, entities, join, split
 from minibert.text.batches import Batch, Example, examples_of, packed, padded
 from minibert.text.schemes import BIO, bio_labels, scheme_of, to_bio
 
@@ -146,12 +146,13 @@ class Tagger:
         return labels if self.scheme == BIO else tuple(bio_labels(labels))
 
     @overload
-    def __call__(self, text: str) -> list[Entity]: ...  # type: ignore[overload-overlap]
+    def __call__(self, text: str) -> Entities: ...  # type: ignore[overload-overlap]
     @overload
-    def __call__(self, text: Iterable[str]) -> list[list[Entity]]: ...
-    def __call__(self, text: str | Iterable[str]) -> list[Entity] | list[list[Entity]]:
+    def __call__(self, text: Iterable[str]) -> list[Entities]: ...
+    def __call__(self, text: str | Iterable[str]) -> Entities | list[Entities]:
         """The entities of a text, or a list of them for each of several texts.
 
+        ``Entities`` is a list of ``Entity`` that a notebook shows marked in its text.
         A sentence that is split into words already goes to ``tag_words``.
 
         Raises:
@@ -159,7 +160,7 @@ class Tagger:
         """
         return next(self.tag_texts([text])) if isinstance(text, str) else list(self.tag_texts(text))
 
-    def tag_texts(self, texts: Iterable[str]) -> Iterator[list[Entity]]:
+    def tag_texts(self, texts: Iterable[str]) -> Iterator[Entities]:
         """The entities of each text, in order, as a stream.
 
         Raises:
@@ -169,7 +170,7 @@ class Tagger:
             raise TypeError("tag_texts takes several texts, got one str: call the tagger itself")
         return self._tag(map(_split, texts))
 
-    def tag_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Entity]]:
+    def tag_words(self, sentences: Iterable[Sequence[str]]) -> Iterator[Entities]:
         """The entities of each sentence given in words, in order, as a stream.
 
         Characters are counted in the words joined by single spaces.
@@ -180,19 +181,24 @@ class Tagger:
         return self._tag(map(_join, sentences))
 
     def label(self, sentences: Iterable[Sequence[str]]) -> Iterator[list[Label]]:
-        """One label for every word of every sentence, in order, as a stream."""
+        """One label for every word of every sentence, in order, as a stream.
+
+        Raises:
+            TypeError: a sentence is not a list or tuple of strings.
+        """
+        checked = map(_checked, sentences)
         started = map(
-            self._start, pools(sentences, lambda words: sum(len(word) + 1 for word in words))
+            self._start, pools(checked, lambda words: sum(len(word) + 1 for word in words))
         )
         for pool in read_ahead(started, self.depth):
             yield from pool
 
-    def _tag(self, texts: Iterable[Words]) -> Iterator[list[Entity]]:
+    def _tag(self, texts: Iterable[Words]) -> Iterator[Entities]:
         started = map(self._start_entities, pools(texts, lambda words: len(words.text)))
         for pool in read_ahead(started, self.depth):
             yield from pool
 
-    def start(self, texts: Iterable[str]) -> Callable[[], list[list[Entity]]]:
+    def start(self, texts: Iterable[str]) -> Callable[[], list[Entities]]:
         """Start on the texts of one pool; the result, when called, gives the entities of each.
 
         On a GPU it returns while they are computed.
@@ -208,7 +214,7 @@ class Tagger:
         """
         return 1 if self.model.device.type == "cuda" else 0
 
-    def _start_entities(self, pool: Sequence[Words]) -> Callable[[], list[list[Entity]]]:
+    def _start_entities(self, pool: Sequence[Words]) -> Callable[[], list[Entities]]:
         read = self._start([words.words for words in pool])
         return lambda: [entities(words, labels) for words, labels in zip(pool, read())]
 
@@ -326,11 +332,20 @@ def open_model(
 
 def _split(text: str) -> Words:
     if not isinstance(text, str):
-        raise TypeError(f"a text must be a str, got {type(text).__name__}: give words to tag_words")
+        remedy = "give words to tag_words" if isinstance(text, list | tuple) else "leave it out"
+        raise TypeError(f"a text must be a str, got {type(text).__name__}: {remedy}")
     return split(text)
 
 
 def _join(words: Sequence[str]) -> Words:
-    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
-        raise TypeError("a sentence must be a list of words: give texts to tag_texts")
-    return join(words)
+    return join(_checked(words))
+
+
+def _checked(words: Sequence[str]) -> Sequence[str]:
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        kind = type(words).__name__
+        raise TypeError(f"a sentence must be a list of words, got {kind}: give texts to tag_texts")
+    for word in words:
+        if not isinstance(word, str):
+            raise TypeError(f"a word must be a str, got {type(word).__name__}: leave it out")
+    return words

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from typing import NamedTuple
 
 from minibert.text.labelling import Label as Label
@@ -19,6 +20,26 @@ class Entity(NamedTuple):
     start: int  # in characters: text[start:stop] is the entity
     stop: int
     score: float  # mean probability of its words' labels
+
+
+class Entities(list[Entity]):
+    """The entities of one text; a notebook shows them marked in it."""
+
+    def __init__(self, text: str, found: Iterable[Entity] = ()):
+        super().__init__(found)
+        self.text = text
+
+    def __reduce__(self) -> tuple:
+        return Entities, (self.text, list(self))
+
+    def _repr_html_(self) -> str:
+        parts, end = [], 0
+        for entity in self:
+            type_ = f"<small><b>{escape(entity.type)}</b> {entity.score:.2f}</small>"
+            parts.append(escape(self.text[end : entity.start]))
+            parts.append(f"<mark>{escape(entity.text)} {type_}</mark>")
+            end = entity.stop
+        return f'<p dir="auto">{"".join([*parts, escape(self.text[end:])])}</p>'
 
 
 class Words(NamedTuple):
@@ -59,9 +80,9 @@ def _is_punctuation(character: str) -> bool:
     return unicodedata.category(character)[0] == "P"
 
 
-def entities(words: Words, labels: Sequence[Label]) -> list[Entity]:
+def entities(words: Words, labels: Sequence[Label]) -> Entities:
     """The entities of labelled words, by conlleval's rule (text/metrics.py)."""
-    found = []
+    found = Entities(words.text)
     for type_, first, stop in lenient_entities([label.name for label in labels]):
         start_char, stop_char = words.spans[first][0], words.spans[stop - 1][1]
         score = sum(label.score for label in labels[first:stop]) / (stop - first)
