@@ -3,7 +3,7 @@
     python -m benchmarks.kernel_resources            print the tables
     python -m benchmarks.kernel_resources --write    put them into docs/fused-attention.md
 
-Needs NVRTC (``pip install 'minibert[cuda]'``) and no GPU.
+Needs NVRTC (``pip install '.[cuda]'``) and no GPU.
 """
 
 from __future__ import annotations

@@ -146,14 +146,14 @@ def test_without_a_writable_cache_it_compiles_every_time(
 
 def test_without_cuda_core_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(build.BuildError, match=r"pip install 'minibert\[cuda\]'"):
+    with pytest.raises(build.BuildError, match=r"pip install '\.\[cuda\]'"):
         build.compile_source("", "sm_75", {})
 
 
 def test_without_nvrtc_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     build.compiler.cache_clear()
-    with pytest.raises(build.BuildError, match=r"NVRTC.*pip install 'minibert\[cuda\]'"):
+    with pytest.raises(build.BuildError, match=r"NVRTC.*pip install '\.\[cuda\]'"):
         build.cubin(*UNIT)
 
 

@@ -256,7 +256,7 @@ def test_obstacles(
         assert obstacle(device) == want
     device = gpu(T4)
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert "pip install 'minibert[cuda]'" in obstacle(device)
+    assert "pip install '.[cuda]'" in obstacle(device)
 
 
 def test_widths_that_add_norm_does_not_support_are_an_obstacle(gpu: Gpu) -> None:

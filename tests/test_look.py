@@ -252,6 +252,6 @@ def test_the_picture_shows_a_weight_in_its_place(tagger: Tagger, tmp_path: Path)
 
 def test_without_matplotlib_it_says_what_to_install(tagger: Tagger, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MinibertError, match=r"pip install 'minibert\[plot\]'"):
+    with pytest.raises(MinibertError, match="pip install matplotlib"):
         write_png(look(tagger, TEXT), tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []

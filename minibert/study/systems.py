@@ -187,7 +187,7 @@ def write_png(measured: Sequence[Measured], path: Path) -> None:
     except ImportError as error:
         raise MinibertError(
             f"matplotlib, which draws the chart, cannot be imported ({error}): "
-            "pip install 'minibert[plot]'"
+            "pip install matplotlib"
         ) from None
     systems = _by_system(measured)
     figure = Figure(figsize=(9, 4.5), layout="constrained")

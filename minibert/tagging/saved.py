@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minibert.files import read_json
-from minibert.tagging.words import Entity, entities, split
+from minibert.tagging.words import Entities, entities, split
 from minibert.text.labelling import Label, WordTagger
 
 # model_type: module and class in minibert/baselines; imported only for such a directory.
@@ -32,7 +32,7 @@ class OnTexts:
         """One label for every word of every sentence, in order, as a stream."""
         return self.tagger.label(sentences)
 
-    def start(self, texts: Iterable[str]) -> Callable[[], list[list[Entity]]]:
+    def start(self, texts: Iterable[str]) -> Callable[[], list[Entities]]:
         """The entities of each text; the result, when called, gives them."""
         pool = [split(text) for text in texts]
         labels = self.label([words.words for words in pool])

@@ -19,7 +19,7 @@ from minibert.files import MinibertError, home, replacing
 
 HERE = Path(__file__).parent
 STANDARD = "c++17"
-INSTALL = "pip install 'minibert[cuda]'"
+INSTALL = "pip install '.[cuda]' in the checkout of minibert"
 
 
 class BuildError(RuntimeError):

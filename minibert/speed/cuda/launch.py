@@ -99,7 +99,7 @@ def load(file: str, arch: str, defines: dict[str, int]):
     except ImportError as error:  # the cache outlives an uninstalled cuda-core
         raise build.BuildError(
             f"the CUDA kernels are launched with cuda-core, which cannot be imported ({error}): "
-            "pip install 'minibert[cuda]'"
+            f"{build.INSTALL}"
         ) from error
     return ObjectCode.from_cubin(code)
 
