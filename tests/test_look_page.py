@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from minibert import Tagger
-from minibert.study.look import View, look
+from minibert import BertForMaskedLM, Tagger, Tokenizer
+from minibert.study.look import Untagged, View, look
 from minibert.study.look_page import focus
 from minibert.study.look_page import page as page_of
 from tests.builders import minilm_checkpoint, small_checkpoint
@@ -452,4 +453,22 @@ def test_a_page_of_512_pieces_is_fast(browser, minilm: Path, tmp_path: Path) -> 
     assert min(heads) < HEAD_MS, heads
     opened.token(30).hover()
     assert opened.weights() == pytest.approx(view.maps[0][9][30].tolist(), abs=0.035)
+    opened.close()
+
+
+def test_a_masked_language_model_shows_its_best_pieces(browser, tmp_path: Path) -> None:
+    small_checkpoint(tmp_path, BertForMaskedLM)
+    model = BertForMaskedLM.from_pretrained(tmp_path)
+    view = look(Untagged(model, Tokenizer.from_pretrained(tmp_path)), "who [MASK] jaws")
+    opened = Opened(browser, tmp_path / "page.html", page_of("masked", view))
+    rows = opened.run("[...$('predictions').tBodies[0].rows].map((row) => row.innerText)")
+    assert len(rows) == len(view.pieces)
+    (cell,) = opened.run("[$('predictions').tBodies[0].rows[4].cells[4].title]")
+    best = view.best[2][4]
+    assert [line.split()[0] for line in cell.splitlines()] == [label.name for label in best]
+    assert "label" not in opened.run("$('predictions').tHead.innerText")
+    opened.close()
+    bare = replace(view, predictions=[], best=[])
+    opened = Opened(browser, tmp_path / "page.html", page_of("bare", bare))
+    assert opened.run("$('layers').hidden")
     opened.close()
