@@ -168,7 +168,6 @@ def test_rows_of_a_dataset_are_read() -> None:
         ('{"text": "ab", "spans": [7]}\n', "in:1: 7 is not a span"),
         ('{"tokens": ["a\\tb"], "ner_tags": ["O"]}\n', "'a\\tb' is empty or holds a tab"),
         ('{"tokens": ["a"\n', "in:1: not valid JSON"),
-        ("word,colour\na,O\n", "in:1: no columns for words and tags in the header 'word,colour'"),
         ("word,tag\na,O\nb\n", "in:3: 1 columns"),
         ("", "no sentence in it"),
     ],
@@ -212,6 +211,12 @@ def test_numbered_words_and_several_columns_are_read_and_said(tmp_path: Path) ->
     assert [line.partition(": ")[2] for line in said] == [
         "3 columns: words from the first, tags from the last"
     ]
+
+
+@pytest.mark.parametrize("word", ["word,tag", "{", "[", '["', "<html>", "a,b;c", '"', "#"])
+def test_words_that_look_like_another_format_stay_words(word: str, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text(f"{word} O\njaws B-X\n")
+    assert read_bio(tmp_path / "in")[0].words == (word, "jaws")
 
 
 def test_nothing_but_o_is_said(tmp_path: Path, command: Callable, refused: Callable) -> None:

@@ -16,23 +16,28 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from minibert.files import MinibertError, parse_json, read_text
 from minibert.tagging.words import split
-from minibert.text.bio import Row, Sentence, column_groups, format_of
+from minibert.text.bio import (
+    TAG_COLUMNS,
+    WORD_COLUMNS,
+    Row,
+    Sentence,
+    column_groups,
+    format_of,
+)
 from minibert.text.schemes import PREFIXED, scheme_of, to_bio
 
 # The names of the same thing in different tools.
 TOKENS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "ner", "labels")
 SPANS = ("spans", "entities", "label", "labels")
-WORD_COLUMNS = ("word", "words", "token", "tokens")
-TAG_COLUMNS = ("tag", "tags", "ner", "ner_tag", "ner_tags", "label", "labels", "entity")
-SENTENCE_COLUMNS = ("sentence #", "sentence", "sentence_id", "sentence_idx", "sent_id")
+SENTENCE_COLUMNS = {"sentence #", "sentence", "sentence_id", "sentence_idx", "sent_id"}
 
 
 def read_any(path: Path, names: Sequence[str] | None = None) -> tuple[list[Sentence], str]:
@@ -125,11 +130,8 @@ def _from_csv(text: str, path: Path) -> Iterator[Tagged]:
         raise MinibertError(f"{path}:{reader.line_num}: {error}: export it again") from None
     word, tag = (_named(rows[0][1], names) for names in (WORD_COLUMNS, TAG_COLUMNS))
     sentence = _named(rows[0][1], SENTENCE_COLUMNS)
-    if word is None or tag is None:
-        raise MinibertError(
-            f"{path}:1: no columns for words and tags in the header {header.strip()[:60]!r}: "
-            f"name them word and tag"
-        )
+    assert word is not None  # by these it was recognised
+    assert tag is not None
     number, numbered = "", []
     for line, cells in rows[1:]:
         if any(cells) and len(cells) <= max(word, tag):
@@ -143,7 +145,7 @@ def _from_csv(text: str, path: Path) -> Iterator[Tagged]:
             yield own[0][0], [c[word] for _, c, _ in own], [c[tag] for _, c, _ in own]
 
 
-def _named(header: Sequence[str], names: Sequence[str]) -> int | None:
+def _named(header: Sequence[str], names: Collection[str]) -> int | None:
     found = [i for i, cell in enumerate(header) if cell.strip().lower() in names]
     return found[0] if found else None
 

@@ -12,6 +12,10 @@ from minibert.files import MinibertError, read_text, write_text
 from minibert.model.labels import TAG, may_follow
 from minibert.text.schemes import PREFIXED, scheme_of
 
+# How tools name the columns of words and of tags in a header.
+WORD_COLUMNS = {"word", "words", "token", "tokens"}
+TAG_COLUMNS = {"tag", "tags", "ner", "ner_tag", "ner_tags", "label", "labels", "entity"}
+
 
 @dataclass(frozen=True)
 class Sentence:
@@ -81,10 +85,10 @@ def format_of(text: str) -> str | None:
         return "this looks like Label Studio JSON: export it as CoNLL2003"
     if re.match(r'\{\s*["}]|\[\s*[\[{]\s*"|\["[^"]*", *\{', start):
         return "this looks like JSON: minibert convert FILE NEW.bio writes it as BIO"
-    if start.startswith(("<?xml", "<!DOCTYPE", "<html")):
+    if start.startswith(("<?xml", "<!DOCTYPE")):
         return "this looks like XML: export it as CoNLL"
-    line = start.partition("\n")[0]
-    if "\t" not in line and re.match(r'[^\s,;]+( #)?[,;].*[,;]?"?[\w-]+"?\r?$', line):
+    names = {cell.strip(' "\r').lower() for cell in re.split("[,;]", start.partition("\n")[0])}
+    if names & WORD_COLUMNS and names & TAG_COLUMNS:
         return "this looks like CSV: minibert convert FILE NEW.bio writes it as BIO"
     return None
 
