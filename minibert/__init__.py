@@ -6,7 +6,8 @@
     BertForMaskedLM, BertConfig      the models, with the argument names of transformers
     Tokenizer, Packed                word-pieces; the layout of a batch without padding
     trace                            read and replace what a model computes
-    evaluate, compare                scores on labelled sentences; parity with transformers
+    evaluate                         scores on labelled sentences
+    compare, compare_code            parity of minibert, or of other code, with transformers
     MinibertError                    what is raised for a fault in the input
 
 A name is imported when it is first used, so that ``minibert --help`` answers at once.

@@ -304,7 +304,10 @@ def test_evaluate_prints_table_and_json(directory: Path, command, tmp_path: Path
         (("evaluate", "{dir}", "nowhere.bio"), "nowhere.bio: cannot be read"),
         (("evaluate", "{dir}", "{dir}"), "cannot be read (Is a directory)"),
         (("evaluate", "{dir}", "{tmp}/label.bio"), "label.bio:2: the model has no label B-DOG"),
-        (("download", "robert"), "robert: not known: give one of bert-base-cased"),
+        (
+            ("download", "robert"),
+            "robert: not known, did you mean roberta-base: give one of bert-base-cased",
+        ),
         (("verify", "robert", "{dir}"), "robert: not a known model"),
     ],
 )
