@@ -22,7 +22,7 @@ from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
 from minibert.tagging.stream import pools, read_ahead
-from minibert.tagging.words import Entities, Label, Words, entities, join, split
+from minibert.tagging.words import Entities, Entity, Label, Words, entities, join, split
 from minibert.text.batches import Batch, Example, examples_of, packed, padded
 from minibert.text.schemes import BIO, bio_labels, scheme_of, to_bio
 
@@ -148,8 +148,8 @@ class Tagger:
     @overload
     def __call__(self, text: str) -> Entities: ...  # type: ignore[overload-overlap]
     @overload
-    def __call__(self, text: Iterable[str]) -> list[Entities]: ...
-    def __call__(self, text: str | Iterable[str]) -> Entities | list[Entities]:
+    def __call__(self, text: Iterable[str]) -> list[list[Entity]]: ...
+    def __call__(self, text: str | Iterable[str]) -> Entities | list[list[Entity]]:
         """The entities of a text, or a list of them for each of several texts.
 
         ``Entities`` is a list of ``Entity`` that a notebook shows marked in its text.
