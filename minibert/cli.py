@@ -250,6 +250,13 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parity.add_argument(
         "--html", metavar="FILE", type=Path, help="also write a page with the error of every layer"
     )
+    parity.add_argument(
+        "--batches",
+        type=int,
+        metavar="N",
+        help="also count the sentences, of N, that get the same bits alone and in a batch, from a "
+        "tagger and from transformers",
+    )
     parity.set_defaults(run=_parity)
 
     compare = commands.add_parser(
@@ -770,10 +777,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _parity(options: argparse.Namespace) -> int:
     from minibert.files import write_text
+    from minibert.study.parity import batches
     from minibert.study.parity.compare import LAYOUTS, TEXTS, compare
     from minibert.study.parity.judge import legend, table, to_dict
     from minibert.study.parity.page import page
+    from minibert.text import demo
 
+    if options.batches is not None and not 0 < options.batches <= demo.TEST_SIZE:
+        raise MinibertError(f"--batches {options.batches}: give 1 to {demo.TEST_SIZE} sentences")
     _given(options.text)  # is it UTF-8?
     texts = options.text or TEXTS
     layouts = LAYOUTS if options.layout == "both" else (options.layout,)
@@ -784,13 +795,20 @@ def _parity(options: argparse.Namespace) -> int:
     if options.html is not None:
         write_text(options.html, page(str(options.directory), texts, comparisons))
     kept = all(comparison.kept for comparison in comparisons)
+    together = []
+    if options.batches is not None:
+        sentences = [sentence.words for sentence in demo.generate()[1]][: options.batches]
+        together = batches.compare(options.directory, sentences, options.device)
     if options.json:
         found = [to_dict(comparison) for comparison in comparisons]
-        _show(json.dumps({"kept": kept, "comparisons": found}, indent=2))
+        rows = [vars(row) for row in together]
+        _show(json.dumps({"kept": kept, "comparisons": found, "batches": rows}, indent=2))
     else:
         for comparison in comparisons:
             _show(visible(table(comparison, options.full)) + "\n")
         _show(legend(comparisons) + "\n")
+        if together:
+            _show(batches.table(together) + "\n")
         _show("PASS" if kept else "FAIL")
     return 0 if kept else 1
 

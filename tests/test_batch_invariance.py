@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,3 +122,17 @@ def test_lines_of_a_shuffled_file_are_tagged_alike(
         assert status == 0, error
         outputs.append(output.read_text().splitlines())
     assert [outputs[0][i] for i in order] == outputs[1]
+
+
+def test_parity_counts_the_sentences(directory: Path, command: Callable) -> None:
+    arguments = ("parity", directory, "--batches", 20, "--dtype", "fp32", "--attn", "sdpa")
+    status, out, error = command(*arguments, "--layout", "padded", "--json")
+    assert status == 0, error
+    ours, _, theirs = json.loads(out)["batches"]
+    assert (ours["system"], ours["equal"], ours["largest"]) == ("minibert fp32", 20, 0)
+    assert theirs["equal"] < 20
+    assert theirs["largest"] > 0
+
+
+def test_parity_refuses_a_wrong_count(directory: Path, refused: Callable) -> None:
+    assert "--batches 0: give 1 to" in refused("parity", directory, "--batches", 0)

@@ -207,7 +207,7 @@ def test_filler_changes_no_result(lengths: list[int]) -> None:
 def test_layout_and_layers_are_chosen_apart(
     directory: Path, layout: list[str], plain: list[str]
 ) -> None:
-    options = cli._parser().parse_args(["tag", str(directory), "who", *layout, *plain])
+    options = cli._parser()[0].parse_args(["tag", str(directory), "who", *layout, *plain])
     tagger = cli._tagger(options)
     assert tagger.pack == ("padded" not in "".join(layout))
     prepacks = prepacked.choose(tagger.model.device, tagger.model.dtype, may_round=True).value

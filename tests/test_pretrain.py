@@ -247,7 +247,7 @@ def test_text_is_learned_and_the_model_goes_on(files: Path, tmp_path: Path, mask
     report = json.loads((output / "report.json").read_text())
     assert report["masked_loss"] == scores[-1]["masked_loss"]
     assert {path.name for path in output.iterdir()} == {
-        *("checkpoints", "last", "loss.png", "metrics.jsonl", "report.json")
+        *("finished.json", "last", "loss.png", "metrics.jsonl", "report.json")
     }
     if masking != "dynamic":
         return

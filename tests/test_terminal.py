@@ -91,7 +91,8 @@ def test_info_as_json(command: Callable) -> None:
     facts = json.loads(out)
     assert {"minibert", "packages", "auto_dtype", "fused_fp32"} <= set(facts)
     text = command("info")[1]
-    assert all(value in text for value in facts.values())
+    measured = {name for name, value in facts.items() if "/s" in value}  # in both calls
+    assert all(value in text for name, value in facts.items() if name not in measured)
 
 
 def test_what_takes_long_shows_progress_on_a_terminal_only(monkeypatch, capsys) -> None:

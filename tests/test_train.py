@@ -170,7 +170,8 @@ def test_every_flag_is_explained(program: str, capsys: pytest.CaptureFixture) ->
     assert text.startswith(f"usage: {program} [-h]")
     usage, _, explained = text.partition("\noptions:\n")
     for flag in set(re.findall(r"--[a-z-]+", usage)):
-        assert re.search(rf"^  {flag}( \S+)?\s+\w", explained, flags=re.MULTILINE), flag
+        pattern = rf"^  (--\S+, )?{flag}(, --\S+)?( \S+)?\s+\w"
+        assert re.search(pattern, explained, flags=re.MULTILINE), flag
     assert "peak learning rate, reached at the end of the warm-up" in " ".join(text.split())
     assert "(default: 0.0003, paper: 5e-05)" in " ".join(text.split())
 

@@ -4,8 +4,7 @@ The labels y of a sentence have the probability exp(s(y)) / Z, where Z sums exp(
 
     s(y) = start[y_1] + Σ_t score_t[y_t] + Σ_t transition[y_t-1, y_t] + end[y_last]
 
-One recursion gives log Z (the forward algorithm) and the best y (Viterbi 1967). With
-log-probabilities as weights, the chain is a hidden Markov model.
+One recursion gives log Z (the forward algorithm) and the best y (Viterbi 1967).
 """
 
 from __future__ import annotations
@@ -59,22 +58,23 @@ class Chain(nn.Module):
     @torch.no_grad()
     def best(self, scores: PackedSequence) -> PackedSequence:
         """The labels of highest s(y): (N,)."""
-        origins_BL = []
+        sizes = scores.batch_sizes.tolist()
+        origin_NL = torch.zeros_like(scores.data, dtype=torch.long)  # best label before each
+        label_N, stop = origin_NL[:, 0].clone(), sizes[0]
 
         def best_previous(into_BLL: Tensor) -> Tensor:
-            score_BL, origin_BL = into_BLL.max(1)
-            origins_BL.append(origin_BL)
+            nonlocal stop
+            start, stop = stop, stop + len(into_BLL)
+            score_BL, origin_NL[start:stop] = into_BLL.max(1)
             return score_BL
 
         label_B = self._run(scores, best_previous).argmax(1)
-        *sizes, last = scores.batch_sizes.tolist()
-        steps = [label_B[:last]]
-        for size, origin_BL in zip(reversed(sizes), reversed(origins_BL)):
-            n = len(origin_BL)
-            came_from_B = origin_BL.gather(1, label_B[:n, None])[:, 0]
-            label_B = torch.cat([came_from_B, label_B[n:]])
-            steps.append(label_B[:size])
-        return scores._replace(data=torch.cat(steps[::-1]))
+        for size in reversed(sizes):
+            start = stop - size
+            label_N[start:stop] = label_B[:size]
+            label_B[:size] = origin_NL[start:stop].gather(1, label_B[:size, None])[:, 0]
+            stop = start
+        return scores._replace(data=label_N)
 
     def _run(self, scores: PackedSequence, over_previous: Callable[[Tensor], Tensor]) -> Tensor:
         """Totals by last label, (B, L), longest sentence first; axis 1 is the previous label."""

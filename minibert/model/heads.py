@@ -209,7 +209,10 @@ class BertWithHead(nn.Module):
         if packed is not None and shape != ((tokens := sum(packed.lengths)),):
             raise ValueError(f"input_ids has shape {shape}, but the layout holds {tokens} tokens")
         layout = packed or Padded.from_mask(input_ids, mask)
-        longest, limit = max(layout.lengths, default=0), self.config.max_length
+        longest, limit = (
+            shape[-1] if packed is None else max(packed.lengths),
+            self.config.max_length,
+        )
         if longest > limit:
             size = f"a sentence of {longest} tokens, but the model has {limit} positions"
             raise ValueError(f"{size}: cut it into windows, as minibert.Tagger does")

@@ -75,7 +75,7 @@ class Tagger:
         self,
         model: BertForTokenClassification,
         tokenizer: Tokenizer,
-        batch_tokens: int = 2048,
+        batch_tokens: int = 2016,  # ``rounded`` already
         pack: bool = True,
         well_formed: bool = True,
     ):
@@ -111,7 +111,7 @@ class Tagger:
         attn_implementation: str = "auto",
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
-        batch_tokens: int = 2048,
+        batch_tokens: int = 2016,  # ``rounded`` already
         pack: bool = True,
         prepack: bool = True,
         well_formed: bool = True,
