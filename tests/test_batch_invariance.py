@@ -27,7 +27,7 @@ DTYPES = ["auto", "fp32", "bf16"]
 LETTERS = PIECES[5:31]
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

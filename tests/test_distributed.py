@@ -103,7 +103,7 @@ def test_three_processes_are_killed_and_go_on_to_the_same_bits(files: Path, tmp_
     assert_same_tree(output, tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("killed", "size"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize(("killed", "size"), [(0, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
 def test_a_process_dies_and_others_go_on(
     files: Path, tmp_path: Path, killed: int, size: int
 ) -> None:

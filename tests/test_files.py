@@ -160,6 +160,7 @@ def test_files_without_an_end_take_no_memory(folder: Path, tmp_path: Path, capsy
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
 
 
+@pytest.mark.slow
 def test_standard_input_without_an_end(folder: Path, tmp_path: Path) -> None:
     for command in ("tag", "trace"):
         with open("/dev/zero", "rb") as zero:

@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(4000, marks=pytest.mark.slow)])
 def test_mutated_inputs_are_accepted_or_refused_in_one_line(count: int) -> None:
     counts, failures = fuzz.fuzz(seed=1, first=0, count=count)
     assert not failures, "\n".join(failures)

@@ -16,6 +16,7 @@ from minibert.files import MinibertError
 from minibert.text.batches import Example
 
 
+@pytest.mark.slow
 def test_rehearsal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(*_) -> None:
         raise AssertionError("a rehearsal writes no result")

@@ -105,6 +105,7 @@ def test_the_t4_notebook_keeps_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert kept == ["cuda-bindings==12.9.7", "torch==2.11.0+cu128"]
 
 
+@pytest.mark.slow
 def test_inside_bert_runs_and_shows_what_it_says(
     minilm: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
