@@ -37,7 +37,7 @@ def test_tagging_beside_a_training_is_killed_and_repeated(files: Path, tmp_path:
     options = (model, "--file", given, "--json", "--output", output)
     chance, kills, started = random.Random(7), 0, time.monotonic()
     trained = tmp_path / "run"
-    training = Run(arguments(files, trained, "--epochs", "1000"), tmp_path / "said")
+    training = Run(arguments(files, trained, "--epochs", "100000"), tmp_path / "said")
     training.wait_until(lambda: list(trained.glob("checkpoints/step-*")))
     while not output.exists():
         running = tag(1, *options)
