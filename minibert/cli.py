@@ -23,6 +23,7 @@ from minibert.files import (
     LINE_BYTES,
     UNSAFE,
     MinibertError,
+    check_memory_limit,
     decoded,
     did_you_mean,
     fill_closed_streams,
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
+    check_memory_limit()
     use_huge_pages()
     if given[:1] == ["train"]:  # its parser knows the recipes, whose modules import torch
         from minibert.training.loop import main as train

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import secrets
 import stat
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 TEXT_BYTES = 100 << 20  # most in a file that is read whole; a vocabulary has up to 20 MB
 LINE_BYTES = 8 << 20  # most in a line, and in a text from standard input
 LINE = 1000  # most characters in an error message
+LEAST_MEMORY = 700 * 10**6  # bytes of address space, without which OpenBLAS aborts the process
 
 TEMPORARY = ".unfinished"  # suffix of temporary files and directories
 
@@ -112,6 +114,20 @@ def memory_faults() -> Iterator[None]:
                 "(ulimit -v) or give a smaller input"
             ) from None
         raise
+
+
+def check_memory_limit() -> None:
+    """Refuse a limit on memory (``ulimit -v``) under which importing torch aborts the process.
+
+    Raises:
+        MinibertError: the limit is below ``LEAST_MEMORY``.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_MEMORY:
+        raise MinibertError(
+            f"the limit on memory is {limit // 10**6} MB (ulimit -v): importing torch needs "
+            f"{LEAST_MEMORY // 10**6}, a model more: raise it"
+        )
 
 
 def home() -> Path:
