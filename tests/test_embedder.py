@@ -86,7 +86,7 @@ def test_what_a_call_takes_and_gives(directory: Path) -> None:
         embedder([None])
     with pytest.raises(TypeError, match="call the embedder"):
         next(embedder.embed_texts("jaws"))
-    for wrong in (1, 65):
+    for wrong in (0, 1, 65):
         with pytest.raises(ValueError, match="max_length must be from 2 to 64"):
             Embedder.from_pretrained(directory, device="cpu", max_length=wrong)
 

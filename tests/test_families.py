@@ -245,7 +245,7 @@ def test_positions_of_roberta() -> None:
     packed = minibert.Packed.from_lengths([6, 2, 4])
     positions = net.bert.embeddings.positions
     assert torch.equal(positions(ids_BS.flatten(), padded), table_PD[expected.flatten()])
-    expected[1, 2:] = torch.tensor([2, 3, 4, 5])  # a sentence of its own counts anew
+    expected[1, 2:] = torch.tensor([2, 3, 4, 5])  # each row is counted from its start
     assert torch.equal(positions(ids_BS.flatten(), packed), table_PD[expected.flatten()])
 
 

@@ -1,6 +1,6 @@
 """A bidirectional LSTM under a CRF (Huang, Xu & Yu 2015, arXiv:1508.01991).
 
-A word is represented by a vector of its own and by how it is spelled: the last states of an LSTM
+A word is represented by its embedding and by how it is spelled: the last states of an LSTM
 that reads its letters forwards and of one that reads them backwards (Lample et al. 2016,
 arXiv:1603.01360). Two more LSTMs (Hochreiter & Schmidhuber 1997) read the sentence in both
 directions; their states at a word, joined, give the scores of its labels by one linear layer, and a

@@ -101,7 +101,7 @@ class Stored(NamedTuple):
     start: int  # of its bytes in the file
 
     def read(self) -> Tensor:
-        """The tensor in memory of its own: what happens to the file later does not reach it.
+        """A copy of the tensor in memory, which later changes of the file do not reach.
 
         Raises:
             MinibertError: the file has become shorter, or cannot be read.

@@ -1,6 +1,6 @@
 """The paper's comparison of systems, with measured numbers: ``minibert compare``.
 
-Each system is trained and tested in a process of its own, so that its peak memory is its own.
+Each system is trained and tested in a separate process, which measures its peak memory.
 """
 
 from __future__ import annotations

@@ -111,8 +111,9 @@ class Embedder:
         model, tokenizer = open_model(
             Encoder, directory, attn_implementation, dtype, device, prepack
         )
-        positions = model.config.max_length
-        return cls(model, tokenizer, max_length or min(MINILM_LENGTH, positions))
+        if max_length is None:
+            max_length = min(MINILM_LENGTH, model.config.max_length)
+        return cls(model, tokenizer, max_length)
 
     @property
     def size(self) -> int:

@@ -1,13 +1,13 @@
 """Which word-pieces are hidden in masked-LM training: a pure function of seed, epoch and example.
 
 BERT hides 15 % of the pieces: of these, 80 % become [MASK], 10 % a random piece, and 10 % stay as
-they are (Devlin et al. 2019, section 3.1). What is hidden together, and how often anew, is what
-tells three models apart:
+they are (Devlin et al. 2019, section 3.1). Three models differ in which pieces are
+hidden together, and in how often the choice changes:
 
 static   one mask for each sentence, the same in every epoch (BERT)
 dynamic  another mask in every epoch (RoBERTa: Liu et al. 2019, arXiv:1907.11692, section 4.1)
 whole    as dynamic, but all pieces of an entity or phrase are hidden together (ERNIE: Sun et al.
-         2019, arXiv:1904.09223, section 3.2); each piece of the other words is on its own
+         2019, arXiv:1904.09223, section 3.2); pieces of other words are hidden separately
 
 Each piece, entity or phrase is drawn with probability 15 %, as in transformers' collator. Where a
 sentence has drawn none, one is taken, as Google's code always takes at least one; its pass would

@@ -81,8 +81,8 @@ def type_of(tag: str) -> str:
 def to_bio(tags: Sequence[str]) -> list[str]:
     """The tags of one sentence in BIO.
 
-    What follows an entity of its own type without a tag that begins another continues it. A tag
-    that continues nothing begins an entity, as in conlleval.
+    A tag continues the entity before it if both have the same type and the tag begins no entity.
+    Every other tag with a type begins an entity, as in conlleval.
     """
     return [_bio(tag, before) for before, tag in pairwise(["O", *tags])]
 
