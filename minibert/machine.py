@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +27,20 @@ class Chosen(Generic[T]):
 
     value: T
     reason: str
+
+
+@contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """Batches and decoding name no device: here new tensors are on the CPU.
+
+    A program may have called ``torch.set_default_device``. Without it this does nothing, for a
+    device context costs every torch function a call in Python.
+    """
+    if torch.get_default_device().type == "cpu":
+        yield
+    else:
+        with torch.device("cpu"):
+            yield
 
 
 def choose_device(name: str | None = None) -> torch.device:

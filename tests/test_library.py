@@ -15,7 +15,7 @@ import pytest
 import torch
 from builders import small_checkpoint
 
-from minibert import BertForTokenClassification, Tagger
+from minibert import BertForTokenClassification, Embedder, Tagger
 
 TEXTS = ["who directed jaws", "", "a movie with mel gibson ?", "who " * 40]
 
@@ -92,6 +92,20 @@ def test_a_model_loads_under_another_default_device(folder: Path) -> None:
         model = BertForTokenClassification.from_pretrained(folder)
     expected = BertForTokenClassification.from_pretrained(folder)
     assert all(map(torch.equal, model.parameters(), expected.parameters()))
+
+
+def test_a_program_may_have_another_default_device(folder: Path) -> None:
+    tagger = Tagger.from_pretrained(folder, dtype="fp32", device="cpu")
+    embedder = Embedder.from_pretrained(folder, device="cpu")
+    expected = tagger(TEXTS), embedder(TEXTS)
+    torch.set_default_device("meta")  # as "cuda" would, it refuses to mix with the CPU
+    try:
+        other = Tagger.from_pretrained(folder, dtype="fp32", device="cpu")
+        assert tagger(TEXTS) == other(TEXTS) == expected[0]
+        assert torch.equal(embedder(TEXTS), expected[1])
+        assert embedder([]).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
 
 
 FORKED = """

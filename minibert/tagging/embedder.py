@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.files import MinibertError
+from minibert.machine import cpu_by_default
 from minibert.model.config import BertConfig
 from minibert.model.heads import BertWithHead, Head
 from minibert.model.layout import Packed
@@ -129,7 +130,8 @@ class Embedder:
         if isinstance(text, str):
             return next(self.embed_texts([text]))
         vectors = list(self.embed_texts(text))
-        return torch.stack(vectors) if vectors else torch.empty(0, self.size, dtype=torch.float32)
+        none = torch.empty(0, self.size, dtype=torch.float32, device="cpu")
+        return torch.stack(vectors) if vectors else none
 
     def embed_texts(self, texts: Iterable[str]) -> Iterator[Tensor]:
         """The vector of each text, (D,), float32, in order, as a stream.
@@ -148,6 +150,7 @@ class Embedder:
         """How many pools are started before one is read; see ``Tagger.depth``."""
         return 1 if self.model.device.type == "cuda" else 0
 
+    @cpu_by_default()
     @torch.no_grad()
     def start(self, texts: Sequence[str]) -> Callable[[], list[Tensor]]:
         """Start on the texts of one pool; the result, when called, gives the vector of each.
@@ -158,7 +161,7 @@ class Embedder:
         under_way = [self._vectors(group) for group in self._passes(examples)]
 
         def read() -> list[Tensor]:
-            vectors = [torch.empty(0)] * len(examples)
+            vectors = [torch.empty(0, device="cpu")] * len(examples)
             for group, vectors_BD in under_way:
                 on_cpu = vectors_BD.cpu()
                 if not on_cpu.isfinite().all():

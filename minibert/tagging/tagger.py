@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minibert.files import MinibertError
-from minibert.machine import choose_device, choose_dtype
+from minibert.machine import choose_device, choose_dtype, cpu_by_default
 from minibert.model.config import FAMILIES
 from minibert.model.heads import BertForTokenClassification, BertWithHead
 from minibert.pretrained import hub
@@ -222,6 +222,7 @@ class Tagger:
         read = self.start_scores(sentences)
         return lambda: [self._decode(scores_WL) for scores_WL in read()]
 
+    @cpu_by_default()
     @torch.inference_mode()
     def start_scores(self, sentences: Sequence[Sequence[str]]) -> Callable[[], list[Tensor]]:
         """Start the model on the sentences of one pool, given in words.
@@ -234,6 +235,7 @@ class Tagger:
         examples = examples_of(sentences, self.tokenizer, config.max_length)
         under_way = [(batch, self._scores(batch)) for batch in self._batches(examples)]
 
+        @cpu_by_default()
         def read() -> list[Tensor]:
             # The dtype of ``Scores``; torch's default may be another one.
             shapes = [(len(words), config.num_labels) for words in sentences]
@@ -259,6 +261,7 @@ class Tagger:
         done.record(torch.cuda.current_stream(logits.device))
         return Scores(scores_WL, logits.dtype, done)
 
+    @cpu_by_default()
     def _decode(self, scores_WL: Tensor) -> list[Label]:
         if not len(scores_WL):
             return []
