@@ -66,6 +66,22 @@ def test_every_grouping_gives_the_same_bits(tagger: Tagger, threads: int) -> Non
     check_groupings(tagger, random.Random(threads), longest=200, groupings=4)
 
 
+@pytest.mark.skipif(not prepacked.AVX2, reason="only shown with AVX2 alone")
+def test_every_number_of_threads_gives_the_same_bits(tagger: Tagger) -> None:
+    """A long batch, whose products are shared by the threads, and a short one."""
+    draw = random.Random(0)
+    long = [draw.choices(LETTERS, k=draw.randint(1, 40)) for _ in range(60)]
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append([*tagger.start_scores(long)(), *tagger.start_scores(long[:1])()])
+    torch.set_num_threads(before)
+    for scores in zip(*found, strict=True):
+        assert torch.equal(scores[0], scores[1])
+        assert torch.equal(scores[0], scores[2])
+
+
 @pytest.mark.slow
 def test_a_thousand_groupings_give_the_same_bits(tagger: Tagger, threads: int) -> None:
     """Windows of a long text included."""
