@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from training_runs import Run, assert_same_tree, tiny_model
 
 from minibert import BertForMaskedLM, BertForTokenClassification, Tokenizer
 from minibert.text import demo
-from minibert.text.batches import Example, examples_of, packed
+from minibert.text.batches import Batch, Example, examples_of, packed, padded
 from minibert.text.bio import labels_of
 from minibert.text.masking import mask, tags_of, units_of
-from minibert.training.pretrain import measure
+from minibert.training.pretrain import HiddenWordsModel, measure
 
 MASK, SIZE = PIECES.index("[MASK]"), len(PIECES)
 SPECIAL = range(5)
@@ -159,12 +160,29 @@ def test_phrases_are_found_from_the_left_the_longest_first() -> None:
     assert tags_of(words, set()) == ("O",) * 8
 
 
+@pytest.mark.parametrize("collate", [packed, lambda examples: padded(examples, 0)])
+def test_hidden_pieces_alone_give_the_loss_and_the_gradients(
+    plain: list[Example], collate: Callable[[list[Example]], Batch]
+) -> None:
+    """Those of the model that scores every piece, dropout included."""
+    models = [small_bert(kind, max_position_embeddings=202).double().train()
+              for kind in (BertForMaskedLM, HiddenWordsModel)]  # fmt: skip
+    found = []
+    for model in models:
+        torch.manual_seed(0)
+        output = model(**collate(hidden(plain[:40], 1)).inputs)
+        output.loss.backward()
+        found.append([output.loss, *(p.grad for p in model.parameters())])
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
 def test_what_is_measured_is_the_loss_of_the_model(plain: list[Example]) -> None:
-    model = small_bert(BertForMaskedLM, max_position_embeddings=202).double()
     examples = hidden(plain[:40], 1)
     batch = packed(examples)
     with torch.no_grad():
-        output = model(**batch.inputs)
+        output = small_bert(BertForMaskedLM, max_position_embeddings=202).double()(**batch.inputs)
+    model = small_bert(HiddenWordsModel, max_position_embeddings=202).double()
     found = measure(model, examples)
     assert found["masked_loss"] == pytest.approx(float(output.loss), abs=1e-10)
     right = output.logits.argmax(-1) == batch.inputs["labels"]

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.files import MinibertError, decoded, lines_of, read_text, reading, write_text
-from minibert.model.heads import BertForMaskedLM
+from minibert.model.heads import BertForMaskedLM, BertOutput
+from minibert.model.labels import IGNORE
 from minibert.model.layout import Packed
 from minibert.pretrained import config_json, hub, load
 from minibert.pretrained.tokenizer import Tokenizer
@@ -40,6 +40,33 @@ from minibert.training.output import Output
 from minibert.training.recipe import PretrainingRecipe
 from minibert.training.results import draw_losses, save, show_losses, write_log
 from minibert.training.resume import Training
+
+
+class HiddenWordsModel(BertForMaskedLM):
+    """A masked LM that scores the hidden pieces alone.
+
+    The head is as wide as the vocabulary: on every piece it would cost more than MiniLM's encoder.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        layout: Packed | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BertOutput:
+        """The loss of the superclass; logits (W, V) of the pieces that have a label."""
+        assert labels is not None
+        batch = self._layout(input_ids, attention_mask, layout)
+        input_N, label_N = input_ids.flatten(), labels.flatten()
+        hidden_N = label_N != IGNORE
+        x_ND = self.bert(input_N, torch.zeros_like(input_N), batch).x_ND
+        scores_WV = self.head(x_ND[hidden_N])
+        return BertOutput(scores_WV, self.head.loss(scores_WV, label_N[hidden_N], batch))
 
 
 class HiddenWords:
@@ -121,14 +148,16 @@ class HiddenWords:
         draw_losses(losses, [], output)
 
 
-def model_of(options: argparse.Namespace, directory: Path, device: torch.device) -> BertForMaskedLM:
+def model_of(
+    options: argparse.Namespace, directory: Path, device: torch.device
+) -> HiddenWordsModel:
     """The model to train: a checkpoint's, or with ``--from-scratch`` a new one of its shape.
 
     Raises:
         MinibertError: a file is missing, damaged or does not fit.
     """
     if not options.from_scratch:
-        model = BertForMaskedLM.from_pretrained(
+        model = HiddenWordsModel.from_pretrained(
             directory, attn_implementation=options.attn, device=device, seed=options.seed
         )
         print(f"{options.model}: {model.load_report}")
@@ -136,27 +165,21 @@ def model_of(options: argparse.Namespace, directory: Path, device: torch.device)
     config = config_json.read(directory / "config.json")
     attention = load.choose_attention(options.attn, device, torch.float32, config.head_size)
     torch.manual_seed(options.seed)
-    return BertForMaskedLM(config, attention.value).to(device)
+    return HiddenWordsModel(config, attention.value).to(device)
 
 
 @torch.no_grad()
-def measure(model: BertForMaskedLM, examples: list[Example]) -> dict[str, float]:
-    """Mean loss (natural logarithm) and accuracy over the hidden pieces of these examples.
-
-    Only the hidden pieces go through the head, whose output has the size of the vocabulary.
-    """
+def measure(model: HiddenWordsModel, examples: list[Example]) -> dict[str, float]:
+    """Mean loss (natural logarithm) and accuracy over the hidden pieces of these examples."""
     loss, right, count = 0.0, 0, 0
     for group in chunks(sorted(examples, key=lambda example: len(example.ids)), 32):
         batch = packed(group, model.device)
-        input_N, layout, labels_N = (batch.inputs[k] for k in ("input_ids", "layout", "labels"))
-        assert isinstance(input_N, Tensor)
-        assert isinstance(labels_N, Tensor)
-        assert isinstance(layout, Packed)
-        x_ND = model.bert(input_N, torch.zeros_like(input_N), layout).x_ND
-        scores_WV = model.head(x_ND[batch.first_W])
-        label_W = labels_N.to(model.device)[batch.first_W]
-        loss += float(F.cross_entropy(scores_WV, label_W, reduction="sum"))
-        right += int((scores_WV.argmax(-1) == label_W).sum())
+        output = model(**batch.inputs)
+        label_N = batch.inputs["labels"]
+        assert isinstance(label_N, Tensor)
+        label_W = label_N[label_N != IGNORE]
+        loss += float(output.loss) * len(label_W)
+        right += int((output.logits.argmax(-1) == label_W).sum())
         count += len(label_W)
     return {"masked_loss": loss / count, "masked_accuracy": right / count}
 
