@@ -100,20 +100,29 @@ def machine_faults() -> Iterator[None]:
 
 @contextmanager
 def memory_faults() -> Iterator[None]:
-    """Turn a lack of memory or threads, as Python or torch says it, into a ``MinibertError``."""
+    """Turn a lack of memory or threads into a ``MinibertError``."""
     try:
         yield
-    except (MemoryError, RuntimeError, ImportError) as error:
-        said = str(error)
-        # torch: "can't allocate memory", "out of memory"; the loader: "failed to map segment".
-        if isinstance(error, MemoryError) or re.search(
-            r"(?i)allocate memory|out of memory|failed to map segment|can't start new thread", said
-        ):
-            raise MinibertError(
-                f"out of memory ({said[:200] or type(error).__name__}): free some, raise the limit "
-                "(ulimit -v) or give a smaller input"
-            ) from None
+    except Exception as error:
+        if lack := out_of_memory(error):
+            raise lack from None
         raise
+
+
+def out_of_memory(error: Exception) -> MinibertError | None:
+    """The error to raise if this one says that memory or threads are short, whoever says it."""
+    said = str(error)
+    # torch: "can't allocate memory", "out of memory"; the loader: "failed to map segment";
+    # safetensors: "Cannot allocate memory".
+    short = r"(?i)allocate memory|out of memory|failed to map segment|can't start new thread"
+    if isinstance(error, MinibertError) or not (
+        isinstance(error, MemoryError) or re.search(short, said)
+    ):
+        return None
+    return MinibertError(
+        f"out of memory ({said[:200] or type(error).__name__}): free some, raise the limit "
+        "(ulimit -v) or give a smaller input"
+    )
 
 
 def check_memory_limit() -> None:

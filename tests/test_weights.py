@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +220,25 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
     for size in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         refused(folder, "damaged or not a safetensors file")
+
+
+def test_a_file_too_large_for_the_memory_limit_is_not_called_damaged(tmp_path: Path) -> None:
+    path, size = tmp_path / "model.safetensors", 4 << 30
+    header = {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    said = json.dumps(header).encode()
+    path.write_bytes(len(said).to_bytes(8, "little") + said)
+    os.truncate(path, 8 + len(said) + size)  # sparse
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + size // 2, before[1]))
+    try:
+        with pytest.raises(MinibertError, match=r"^out of memory \(.*annot allocate memory"):
+            with weights.opened(path):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    with weights.opened(path) as checkpoint:
+        assert list(checkpoint.tensors) == ["a"]
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from minibert.files import MinibertError, parse_json, read_json, reason, replacing
+from minibert.files import (
+    MinibertError,
+    out_of_memory,
+    parse_json,
+    read_json,
+    reason,
+    replacing,
+)
 from minibert.pretrained import families
 
 if TYPE_CHECKING:
@@ -273,7 +280,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[dict[str, Stored], dict[str, st
                 for name, part in header.items()
             }, metadata
     except Exception as error:  # of the library's own, and what torch says to sizes and dtypes
-        raise MinibertError(
+        raise out_of_memory(error) or MinibertError(
             f"{path}: damaged or not a safetensors file ({error}): fetch or save it again"
         ) from None
 
