@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from minibert import Tagger
 from minibert.files import MinibertError
+from minibert.model.labels import best_labels
 from minibert.tagging.convert import sentences_of
 from minibert.text.bio import Sentence, read_bio
 from minibert.text.metrics import lenient_entities
@@ -56,6 +57,39 @@ def test_any_sequence_holds_the_entities_that_seqeval_finds(scheme: str, data) -
     prefixed = [tag if tag == "O" or "-" in tag else f"I-{tag}" for tag in tags]
     theirs = [(type_, first, last + 1) for type_, first, last in get_entities(prefixed)]
     assert list(lenient_entities(to_bio(tags))) == theirs
+
+
+def written(scheme: str, spans: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    """The tags of pieces of a sentence, (type or O, words), in a scheme."""
+    single, last = {"BIOES": "SE", "BILOU": "UL", "BIO": "BI"}[scheme]
+    tags: list[str] = []
+    for type_, length in spans:
+        inner = ["B", *"I" * (length - 2), last] if length > 1 else [single]
+        tags += ["O"] * length if type_ == "O" else [f"{letter}-{type_}" for letter in inner]
+    return tuple(tags)
+
+
+def pieces_of(words: int) -> Iterator[list[tuple[str, int]]]:
+    """Every way to cut a sentence into entities of two types and single words O."""
+    if not words:
+        yield []
+    for length in range(1, words + 1):
+        for type_ in "OXY" if length == 1 else "XY":
+            yield from ([(type_, length), *rest] for rest in pieces_of(words - length))
+
+
+@pytest.mark.parametrize("scheme", ["BIO", "BIOES", "BILOU"])
+@given(words=st.integers(1, 4), seed=st.integers(0, 2**32))
+def test_the_best_sequence_is_one_that_the_scheme_can_write(
+    scheme: str, words: int, seed: int
+) -> None:
+    names = LABELS[scheme]
+    draw = torch.Generator().manual_seed(seed)
+    logp_WL = (3 * torch.randn(words, len(names), generator=draw)).log_softmax(-1)
+    allowed = {written(scheme, spans) for spans in pieces_of(words)}
+    ids = torch.tensor([[names.index(tag) for tag in tags] for tags in allowed])
+    total = logp_WL[range(words), ids].sum(1)
+    assert best_labels(logp_WL, names) == ids[total.argmax()].tolist()
 
 
 @pytest.mark.parametrize(

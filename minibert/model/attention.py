@@ -5,7 +5,7 @@
 ``eager``  equation 1 of Vaswani et al. 2017 (arXiv:1706.03762), spelled out
 ``sdpa``   the same by ``torch.nn.functional.scaled_dot_product_attention``
 
-The model picks one when it is built (``encoder.IMPLEMENTATIONS``) and never asks again.
+The model picks one when it is built (``encoder.IMPLEMENTATIONS``).
 Shape legend: see layout.py.
 """
 

@@ -1,4 +1,4 @@
-"""BERT with a head: what a user calls, and what turns hidden states into an answer.
+"""BERT with a head, which turns hidden states into an answer.
 
 A head owns its scores, its loss and its decoding:
 
@@ -56,7 +56,7 @@ class TokenClassificationHead(Head):
         """The labels of one sentence, and the probability of each.
 
         Scores are those of every word's first piece, float32, on the CPU; at least one word.
-        ``well_formed`` takes the best BIO sequence, not each word's best label.
+        ``well_formed``: the best well-formed sequence, not each word's best label.
         """
         logp_WL = scores_WL.log_softmax(-1)
         ids = best_labels(logp_WL, self.labels) if well_formed else logp_WL.argmax(-1).tolist()
@@ -209,11 +209,8 @@ class BertWithHead(nn.Module):
         if packed is not None and shape != ((tokens := sum(packed.lengths)),):
             raise ValueError(f"input_ids has shape {shape}, but the layout holds {tokens} tokens")
         layout = packed or Padded.from_mask(input_ids, mask)
-        longest, limit = (
-            shape[-1] if packed is None else max(packed.lengths),
-            self.config.max_length,
-        )
-        if longest > limit:
+        longest = shape[-1] if packed is None else max(packed.lengths)
+        if longest > (limit := self.config.max_length):
             size = f"a sentence of {longest} tokens, but the model has {limit} positions"
             raise ValueError(f"{size}: cut it into windows, as minibert.Tagger does")
         return layout

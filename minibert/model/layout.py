@@ -10,7 +10,7 @@ Attention sees either layout as dense *blocks*, rectangles of equally long rows.
 one block with a mask. A packed batch has a block for each run of neighbours of equal length:
 sentences sorted by length make few, large blocks, and any order is correct.
 
-Shape legend, for the whole project:
+Shape legend:
   B sentences   S padded length   N tokens in the batch   D hidden size   H heads   K head size
   F feed-forward size   L labels   V vocabulary   W words
 """

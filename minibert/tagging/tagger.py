@@ -63,8 +63,8 @@ class Tagger:
         batch_tokens: most word-pieces in a batch, padding included; a longer sentence is a batch
             alone.
         pack: run packed batches; False: padded ones.
-        well_formed: decode the most probable well-formed BIO sequence; False: the best label of
-            every word on its own.
+        well_formed: decode the most probable sequence that the labels' scheme allows; False: the
+            best label of every word on its own.
 
     Raises:
         MinibertError: model and tokenizer do not belong together, or the labels follow no scheme of
@@ -265,8 +265,8 @@ class Tagger:
     def _decode(self, scores_WL: Tensor) -> list[Label]:
         if not len(scores_WL):
             return []
-        # In IOB1, where I- may begin an entity, any sequence is well-formed.
-        well_formed = self.well_formed and self.scheme != "IOB1"
+        # In the others I-X or X may begin an entity: any sequence is well-formed.
+        well_formed = self.well_formed and self.scheme in (BIO, "BIOES", "BILOU")
         ids, probabilities = self.model.head.decode(scores_WL, well_formed)
         names = [self.model.config.labels[i] for i in ids]
         return list(map(Label, names if self.scheme == BIO else to_bio(names), probabilities))
