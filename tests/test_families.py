@@ -34,6 +34,7 @@ from minibert import (
 from minibert.files import write_text
 from minibert.pretrained import config_json, hub, load
 from minibert.speed import prepacked
+from minibert.study.look import Untagged, look, terminal
 from minibert.study.published import check_scores, fill_mask
 from minibert.text import demo
 
@@ -565,6 +566,22 @@ def test_fill_mask_equals_transformers(byte_level: Path, tmp_path: Path) -> None
     best = {i: expected[i].item() for i in expected.topk(5).indices.tolist()}
     (check,) = check_scores(ours, tokenizer, [(text, best)])
     assert check.passed
+
+
+@pytest.mark.parametrize("mask", ["<mask>", "[MASK]"])
+def test_a_trace_predicts_the_mask(mask: str, byte_level: Path, tmp_path: Path) -> None:
+    model = BertForMaskedLM.from_pretrained(checkpoint(tmp_path, byte_level, BertForMaskedLM))
+    tokenizer = Tokenizer.from_pretrained(byte_level)
+    view = look(Untagged(model, tokenizer), f"who directed {mask}?")
+    assert view.ids == tokenizer.encode(" who directed<mask> ?")
+    (place,) = view.masks
+    assert view.pieces[place] == "<mask>"
+    assert view.words == ["who", "directed", mask, "?"]
+    assert view.word_of[place] == 2
+    logits_SV = model(torch.tensor([view.ids])).logits[0]
+    best = tokenizer.backend.id_to_token(int(logits_SV[place].argmax()))
+    assert view.best[-1][place][0].name == best
+    assert f"<mask> at {place}\n" in terminal(view)
 
 
 def test_a_checkpoint_without_known_hashes_is_not_downloaded() -> None:

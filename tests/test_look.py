@@ -89,6 +89,8 @@ def masked_reader(folder: Path, kind: type, **changes) -> Untagged:
 def test_a_masked_language_model_shows_the_best_pieces_by_layer(tmp_path: Path) -> None:
     reader = masked_reader(tmp_path, BertForMaskedLM)
     view = look(reader, "who [MASK] jaws?")
+    assert look(reader, "who<mask>jaws?").ids == view.ids
+    assert view.masks == [4]
     assert view.pieces == [
         "[CLS]",
         *["w", "##h", "##o", "[MASK]", "j", "##a", "##w", "##s", "[UNK]", "[SEP]"],

@@ -235,24 +235,28 @@ class Tokenizer:
         write_text(directory / "tokenizer.json", text)
         write_text(directory / "tokenizer_config.json", json.dumps(settings) + "\n")
 
-    def pieces(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    def pieces(self, sentences: Sequence[Sequence[str | None]]) -> list[list[list[int]]]:
         """The word-piece ids of every word of every sentence, at least one a word.
 
-        A word that normalises to nothing, such as control characters, becomes [UNK], so that it can
-        have a label. With BPE, words that look like special pieces are ordinary text.
+        None is the mask. A word that normalises to nothing, such as control characters, becomes
+        [UNK], so that it can have a label. With BPE, words that look like special pieces are
+        ordinary text.
         """
         result = []
         encodings = self.backend.encode_batch(
-            [[_encodable(word) for word in words] for words in sentences],
+            [[_encodable(word or "") for word in words] for words in sentences],
             is_pretokenized=True,
             add_special_tokens=False,
         )
         for words, encoding in zip(sentences, encodings):
             pieces: list[list[int]] = [[] for _ in words]
-            for word, piece in zip(encoding.word_ids, encoding.ids):
-                if word is not None:
-                    pieces[word].append(piece)
-            result.append([ids or [self.unk_id] for ids in pieces])
+            for number, piece in zip(encoding.word_ids, encoding.ids):
+                if number is not None:
+                    pieces[number].append(piece)
+            for word, ids in zip(words, pieces):
+                if not ids:
+                    ids.append(self.mask_id if word is None else self.unk_id)
+            result.append(pieces)
         return result
 
     def encode(self, text: str) -> list[int]:

@@ -25,12 +25,14 @@ from torch import Tensor
 from minibert.files import MinibertError
 from minibert.machine import name_of
 from minibert.model.heads import BertForMaskedLM
-from minibert.pretrained.tokenizer import Tokenizer
+from minibert.pretrained.tokenizer import BYTE_LEVEL, WORDPIECE, Tokenizer
 from minibert.study.trace import trace
 from minibert.tagging.tagger import Tagger
 from minibert.tagging.words import Entity, Label, Words, entities, split
 from minibert.text.batches import Example, examples_of, packed, padded
 
+# A mask in a text, as BERT or as RoBERTa writes it: either stands for that of the tokenizer.
+MASK = re.compile("|".join(re.escape(kind.mask) for kind in (WORDPIECE, BYTE_LEVEL)))
 WIDEST = 12  # characters of a label in the terminal
 ERASED = 64  # most words of a text for which every word is erased in turn
 BEST = 5  # predictions of a masked language model that are kept for each piece
@@ -81,6 +83,7 @@ class View:
     label_names: tuple[str, ...]  # empty, as ``labels`` and ``entities``, unless of a tagger
     predictions: list[list[Label]]  # [embeddings, layer 0, ...][S]: best of each piece; or empty
     best: list[list[list[Label]]]  # the same for a masked language model: the ``BEST`` best
+    masks: list[int]  # the pieces that it was asked to predict
     maps: list[Tensor]  # by layer: (H, S, S) float32 on the CPU
     # [erased word][word]: the labels without that word, itself None; empty for more than ERASED
     erased: list[list[Label | None]]
@@ -103,7 +106,7 @@ def look(reader: Tagger | Untagged, text: str, window: int = 1) -> View:
 
     Args:
         reader: a tagger with plain layers (``prepack=False``), or a model that does not tag, in
-            whose text ``[MASK]`` is a piece to predict; ``pack`` decides the layout.
+            whose text ``[MASK]`` or ``<mask>`` is a piece to predict; ``pack`` decides the layout.
         text: with at least one word.
         window: which window of a text longer than the model, from 1.
 
@@ -114,7 +117,8 @@ def look(reader: Tagger | Untagged, text: str, window: int = 1) -> View:
     tagger = reader if isinstance(reader, Tagger) else None
     model, tokenizer = reader.model, reader.tokenizer
     words = split(text) if tagger else _split_at_masks(text)
-    examples = examples_of([words.words], tokenizer, model.config.max_length)
+    read = [None if not tagger and MASK.fullmatch(word) else word for word in words.words]
+    examples = examples_of([read], tokenizer, model.config.max_length)
     if not examples:
         raise MinibertError("the text has no word: give a sentence")
     count = len(examples)
@@ -154,11 +158,12 @@ def look(reader: Tagger | Untagged, text: str, window: int = 1) -> View:
         windows=count,
         pieces=[str(tokenizer.backend.id_to_token(i)) for i in example.ids],
         ids=list(example.ids),
-        word_of=_word_of(tokenizer, words.words, example),
+        word_of=_word_of(tokenizer, read, example),
         firsts=list(example.firsts),
         label_names=model.config.labels if tagger else (),
         predictions=predictions,
         best=best,
+        masks=[place for place, i in enumerate(example.ids) if best and i == tokenizer.mask_id],
         # A batch of one: [0] of (1, H, S, S) when padded, of a list of (H, S, S) when packed.
         maps=[t[f"layers.{i}.probs"][0].float().cpu() for i in layers],
         erased=_without_each(tagger, words.words) if tagger else [],
@@ -177,12 +182,12 @@ def _without_each(tagger: Tagger, words: list[str]) -> list[list[Label | None]]:
 
 
 def _split_at_masks(text: str) -> Words:
-    """Words as for a tagger, except that ``[MASK]`` is one word."""
+    """Words as for a tagger, except that a ``MASK`` is one word."""
     words: list[str] = []
     spans: list[tuple[int, int]] = []
     start = 0
-    for part in re.split(r"(\[MASK\])", text):
-        own = [(0, len(part))] if part == "[MASK]" else split(part).spans
+    for part in re.split(f"({MASK.pattern})", text):
+        own = [(0, len(part))] if MASK.fullmatch(part) else split(part).spans
         spans += [(start + first, start + stop) for first, stop in own]
         words += [part[first:stop] for first, stop in own]
         start += len(part)
@@ -193,7 +198,9 @@ def _pieces_by_id(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     return [tokenizer.backend.id_to_token(i) or f"[{i}]" for i in range(vocab_size)]
 
 
-def _word_of(tokenizer: Tokenizer, words: list[str], example: Example) -> list[int | None]:
+def _word_of(
+    tokenizer: Tokenizer, words: Sequence[str | None], example: Example
+) -> list[int | None]:
     """The word of every piece, if this example labels the word."""
     owner: list[int | None] = [None] * len(example.ids)
     (pieces,) = tokenizer.pieces([words])
@@ -220,7 +227,7 @@ def terminal(view: View) -> str:
     """Tables of the best prediction of every piece after each layer, in percent.
 
     "." stands for O. Layers that do not fit into 80 columns go into further tables. The
-    best predictions at every ``[MASK]`` follow. Without predictions, it says where attention is.
+    best predictions at every mask follow. Without predictions, it says where attention is.
     """
     notes = list(filter(None, [window_note(view)]))
     if not view.predictions:
@@ -232,10 +239,9 @@ def terminal(view: View) -> str:
         words = [chosen.get(place) for place in range(len(view.pieces))]
         columns.append(["label", *("" if w is None else _cell(view.labels[w]) for w in words)])
     blocks = ["\n".join(table) for table in _tables(["piece", *view.pieces], columns)]
-    for place, piece in enumerate(view.pieces):
-        if view.best and piece == "[MASK]":
-            rows = [[name, *map(_cell, best[place])] for name, best in zip(layers, view.best)]
-            blocks.append(f"[MASK] at {place}\n" + "\n".join(_aligned(zip(*rows))))
+    for place in view.masks:
+        rows = [[name, *map(_cell, best[place])] for name, best in zip(layers, view.best)]
+        blocks.append(f"{view.pieces[place]} at {place}\n" + "\n".join(_aligned(zip(*rows))))
     return "\n".join(["\n\n".join(blocks), *notes])
 
 

@@ -155,15 +155,14 @@ def _segments(view: View) -> list[list]:
 
 
 def _first_shown(view: View) -> int:
-    """The piece selected at first: that of the first labelled word, or else of the first word."""
-    masked = [i for i, piece in enumerate(view.pieces) if view.best and piece == "[MASK]"]
+    """The piece selected at first: a mask, that of the first labelled word, or the first word."""
     labels = dict(enumerate(view.labels))
     labelled = [
         first
         for first in view.firsts
         if (word := view.word_of[first]) in labels and labels[word].name != "O"
     ]
-    return (masked or labelled or view.firsts)[0]
+    return (view.masks or labelled or view.firsts)[0]
 
 
 def _base64(raw: bytes) -> str:

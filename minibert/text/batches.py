@@ -38,7 +38,7 @@ class Example:
 
 
 def examples_of(
-    sentences: Sequence[Sequence[str]],
+    sentences: Sequence[Sequence[str | None]],
     tokenizer: Tokenizer,
     max_length: int,
     labels: Sequence[Sequence[int]] | None = None,
@@ -48,7 +48,7 @@ def examples_of(
     """Tokenize sentences and cut those that do not fit the model into overlapping windows.
 
     Args:
-        sentences: words; a sentence without words gives no example.
+        sentences: words, None for the mask; a sentence without words gives no example.
         tokenizer: the checkpoint's.
         max_length: positions of the model, [CLS] and [SEP] included; at least 3.
         labels: a label id for every word, or None.
