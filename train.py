@@ -72,6 +72,8 @@ class NamedEntities:
         with team.writer_first():
             train_set, self.evaluated = corpus(options)
             self.directory = hub.locate_model(options.model)
+        if choice := hub.choice(options.model, self.directory):
+            print(choice)
         labels = labels_of(train_set.sentences)
         tokenizer = Tokenizer.from_pretrained(self.directory)
         self.model = BertForTokenClassification.from_pretrained(

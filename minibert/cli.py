@@ -130,11 +130,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     tag.set_defaults(run=_tag)
 
     embed = commands.add_parser("embed", help="turn texts into vectors, whose dot product compares")
-    embed.add_argument(
-        "directory",
-        metavar="NAME|DIR",
-        help="a name that `minibert download` knows, such as minilm, or a model directory",
-    )
+    _model(embed)
     embed.add_argument("text", nargs="*", help="a text (default: standard input, one per line)")
     _lines(embed)
     embed.add_argument(
@@ -380,8 +376,8 @@ def _located(name: str) -> Path:
     from minibert.pretrained import hub
 
     found = hub.locate_model(name)
-    if os.path.isdir(name) and found != Path(name):
-        _note(f"{name}: a run's directory: taking {found}")
+    if choice := hub.choice(name, found):
+        _note(choice)
     return found
 
 
@@ -518,7 +514,7 @@ def _embed(options: argparse.Namespace) -> int:
     with _input(options) as (team, pooled, source):
         try:
             embedder = Embedder.from_pretrained(
-                options.directory,
+                _located(options.directory),
                 attn_implementation=options.attn,
                 dtype=options.dtype,
                 device=options.device,

@@ -71,7 +71,10 @@ def test_tags_unseen_in_training_are_said_first_and_count_as_missed(
 ) -> None:
     sentences = [*demo.generate()[1][:12], Sentence(("rex",), ("B-DOG",))]
     test = write_bio(tmp_path / "test.bio", sentences)
-    said = finished(files, tmp_path / "run", "--test", test, "--epochs", "1")
+    earlier = tmp_path / "earlier"  # a run, whose model is trained on
+    shutil.copytree(files / "model", earlier / "last")
+    said = finished(files, tmp_path / "run", *("--test", test, "--epochs", "1", "--model", earlier))
+    assert f"{earlier}: a run's directory: taking {earlier / 'last'}\n" in said
     line = f"{test}: no label for B-DOG: 1 words count as missed"
     assert said.index(line) < said.index("epoch 1")
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()

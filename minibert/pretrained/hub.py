@@ -163,6 +163,13 @@ def locate_model(name_or_dir: str | Path) -> Path:
     )
 
 
+def choice(name_or_dir: str | Path, found: Path) -> str | None:
+    """For people: which of a run's models ``locate_model`` found; None if it had no choice."""
+    if not os.path.isdir(name_or_dir) or found == Path(name_or_dir):
+        return None
+    return f"{name_or_dir}: a run's directory: taking {found}"
+
+
 def _snapshot(repository: str) -> Path:
     """The files of a model on the hub, in its cache.
 

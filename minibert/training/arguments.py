@@ -19,6 +19,10 @@ from minibert.training.recipe import (
 )
 
 R = TypeVar("R", bound=Recipe)
+CHECKPOINT = (
+    "the directory of a model or a run (its best model, else its last), a name that "
+    "`minibert download` knows, or OWNER/NAME on the Hugging Face hub"
+)
 LARGEST_SEED = 10**12  # torch takes 64 bits, and epochs take the seed times 1,000,003
 
 
@@ -38,9 +42,8 @@ def parse(
     add(
         "--model",
         default="bert-base-cased",
-        metavar="NAME|DIR",
-        help="the checkpoint to start from: a name that `minibert download` knows, or a directory "
-        "with config.json, model.safetensors and tokenizer files (default: bert-base-cased)",
+        metavar="MODEL",
+        help=f"the checkpoint to start from: {CHECKPOINT} (default: bert-base-cased)",
     )
     add(
         "--corpus",
@@ -98,10 +101,8 @@ def parse_pretraining(
     add(
         "--model",
         default="bert-base-cased",
-        metavar="NAME|DIR",
-        help="the checkpoint to continue from: a name that `minibert download` knows, or a "
-        "directory with config.json, model.safetensors and tokenizer files (default: "
-        "bert-base-cased)",
+        metavar="MODEL",
+        help=f"the checkpoint to continue from: {CHECKPOINT} (default: bert-base-cased)",
     )
     add(
         "--from-scratch",

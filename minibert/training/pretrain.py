@@ -85,6 +85,8 @@ class HiddenWords:
         with team.writer_first():
             self.parts = texts(options)
             self.directory = hub.locate_model(options.model)
+        if choice := hub.choice(options.model, self.directory):
+            print(choice)
         self.tokenizer = Tokenizer.from_pretrained(self.directory)
         self.pad_id = self.tokenizer.pad_id
         self.model = model_of(options, self.directory, team.device)
