@@ -134,7 +134,7 @@ def test_checkpoints_go_last_and_the_newest_at_the_end(files: Path, tmp_path: Pa
     whole, output = tmp_path / "whole", tmp_path / "run"
     finished(files, whole, "--keep", "0")
     finished(files, tmp_path / "kept")
-    for call in range(1, 40):
+    for call in range(1, 200):
         shutil.copytree(tmp_path / "kept", output)
         (output / "finished.json").unlink()
         given = arguments(files, output, "--keep", "0", "--resume")

@@ -173,10 +173,11 @@ def die_at(kind: str, call: int) -> None:
             count += 1
             if count == call and call % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*arguments, **options)
-            if count == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return function(*arguments, **options)
+            finally:  # also after a call that fails, such as unlinking what is not there
+                if count == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return wrapped
 
