@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from torch import Tensor
@@ -45,6 +45,52 @@ _COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-fPIC", "-U_FORTIFY_SO
 
 class EmulationError(AssertionError):
     """A kernel did something forbidden."""
+
+
+class View(NamedTuple):
+    """The bytes of a tensor that a launch may touch."""
+
+    name: str
+    address: int
+    rows: int
+    row_bytes: int
+    stride: int  # bytes from one row to the next
+    role: int
+
+
+def views(work: Launch, outputs: Sequence[str] | None = None) -> list[View]:
+    """All bytes that a launch may touch; ``outputs`` are ``OUTPUTS`` by default."""
+    if outputs is None:
+        outputs = OUTPUTS[work.kernel.removesuffix("_long").removesuffix("_short")]
+    found = [
+        _view(name, x, OUTPUT if name in outputs else INPUT)
+        for name, x in work.parameters.items()
+        if isinstance(x, Tensor)
+    ]
+    return found + (_updated(**work.parameters) if work.file == "adamw.cu" else [])
+
+
+def _view(name: str, x: Tensor, role: int) -> View:
+    """Rows along a tensor's first dimension; a vector is one row."""
+    if x.dim() == 1:
+        x = x[None]
+    rows, size = x.shape[0], x.element_size()
+    row_bytes = x[0].numel() * size if rows else 0
+    assert x[:1].contiguous().stride()[1:] == x.stride()[1:], f"{name}: rows with holes"
+    return View(name, x.data_ptr(), rows, row_bytes, max(x.stride(0) * size, 1), role)
+
+
+def _updated(tensors: Tensor, sizes: Tensor, scalars: Tensor, **_: Any) -> list[View]:
+    """The tensors that AdamW's table of addresses points to."""
+    found = []
+    names = ("parameter", "gradient", "first", "second")
+    for i, (addresses, size) in enumerate(zip(tensors.tolist(), sizes.tolist())):
+        updated = addresses[1] and scalars[3]
+        for name, address in zip(names, addresses):
+            role = UPDATED if updated and name != "gradient" else INPUT
+            if address:
+                found.append(View(f"{name} {i}", address, 1, 4 * size, 4 * size, role))
+    return found
 
 
 @cache
@@ -107,41 +153,17 @@ class Emulator:
 
     def watch(self, work: Launch, outputs: Sequence[str] | None = None) -> None:
         """Declare the tensors that the next start may touch; fill its outputs with NaN."""
-        if outputs is None:
-            outputs = OUTPUTS[work.kernel.removesuffix("_long").removesuffix("_short")]
         self.library.emulator_clear_views()
-        for name, x in work.parameters.items():
-            if isinstance(x, Tensor):
-                if name in outputs:
-                    x.fill_(float("nan") if x.is_floating_point() else -1)
-                self._view(name, x, OUTPUT if name in outputs else INPUT)
-        if work.file == "adamw.cu":
-            self._watch_adamw(**work.parameters)
-
-    def _watch_adamw(self, tensors: Tensor, sizes: Tensor, scalars: Tensor, **_: Any) -> None:
-        """The tensors that the table of addresses points to."""
-        names = ("parameter", "gradient", "first", "second")
-        for i, (addresses, size) in enumerate(zip(tensors.tolist(), sizes.tolist())):
-            updated = addresses[1] and scalars[3]
-            for name, address in zip(names, addresses):
-                role = UPDATED if updated and name != "gradient" else INPUT
-                if address:
-                    self._add_view(f"{name} {i}", address, 1, 4 * size, 4 * size, role)
-
-    def _view(self, name: str, x: Tensor, role: int) -> None:
-        """The bytes of a tensor: rows along its first dimension; a vector is one row."""
-        if x.dim() == 1:
-            x = x[None]
-        rows, size = x.shape[0], x.element_size()
-        row_bytes = x[0].numel() * size if rows else 0
-        assert x[:1].contiguous().stride()[1:] == x.stride()[1:], f"{name}: rows with holes"
-        self._add_view(name, x.data_ptr(), rows, row_bytes, max(x.stride(0) * size, 1), role)
-
-    def _add_view(
-        self, name: str, address: int, rows: int, row_bytes: int, stride: int, role: int
-    ) -> None:
-        numbers = map(ctypes.c_int64, (rows, row_bytes, stride))
-        self.library.emulator_add_view(name.encode(), ctypes.c_void_p(address), *numbers, role)
+        for view in views(work, outputs):
+            x = work.parameters.get(view.name)
+            if view.role == OUTPUT and isinstance(x, Tensor):
+                x.fill_(float("nan") if x.is_floating_point() else -1)
+            self.library.emulator_add_view(
+                view.name.encode(),
+                ctypes.c_void_p(view.address),
+                *map(ctypes.c_int64, (view.rows, view.row_bytes, view.stride)),
+                view.role,
+            )
 
     def start(
         self,
