@@ -253,11 +253,8 @@ class OnePassAdamW(AdamW):
         )
 
     def _update(self, lr: float, max_norm: float, scale: float | None) -> Tensor:
-        self._sweep.steps.fill_(self.steps)
         gradients = [p.grad for p in self.parameters()]
-        return self._sweep.step(
-            gradients, lr, max_norm, None if scale is None else torch.tensor(scale)
-        )
+        return self._sweep.step(gradients, lr, self.steps, max_norm, scale)
 
 
 def choose_adamw(

@@ -7,6 +7,7 @@ update) and "google" (no bias correction, decay inside the update; google-resear
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,46 +59,45 @@ class Sweep:
         sizes = [parameter.numel() for parameter in parameters]
         self.sizes = torch.tensor(sizes, dtype=torch.int32, device=self.device)
         self.chunk_counts = [-(-size // CHUNK) for size in sizes]
-        self.addresses: list[tuple[int, ...]] = []
+        # A row a parameter: where it is, its gradient, its moments.
+        columns = (parameters, parameters, first, second)
+        addresses = [[x.data_ptr() for x in row] for row in zip(*columns)]
+        self.table = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self.gradients_at: list[int] = []
         self.present: list[bool] = []
-        # On the device: only the device knows whether a step is skipped.
-        self.steps = torch.zeros((), dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def step(
         self,
         gradients: Sequence[Tensor | None],
         lr: float,
-        max_norm: float | None = None,
-        grad_scale: Tensor | None = None,
+        steps: int = 0,
+        max_norm: float = math.inf,
+        scale: float | None = None,
     ) -> Tensor:
         """One update; parameters without a gradient stay as they are.
 
         Args:
             gradients: shaped like the parameters.
             lr: learning rate, before each parameter's factor.
-            max_norm: bound on the joint 2-norm of the unscaled gradients; None does not clip.
-            grad_scale: the factor the loss was multiplied by (``LossScaler``); None for 1.
+            steps: updates made before this one.
+            max_norm: bound on the joint 2-norm of the unscaled gradients.
+            scale: the factor the loss was multiplied by (``LossScaler``); None for 1.
 
         Returns:
-            The joint 2-norm of the unscaled gradients before clipping, on the device. If
-            ``grad_scale`` is given and the norm is not finite, nothing was updated.
+            The joint 2-norm of the unscaled gradients before clipping, on the device. If ``scale``
+            is given and the norm is not finite, nothing was updated.
         """
         gradients = [None if x is None else x.contiguous() for x in gradients]
         present = [gradient for gradient in gradients if gradient is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
-        factor = torch.ones_like(norm)
-        if grad_scale is not None:
-            factor = factor / grad_scale.to(norm, non_blocking=True)
-        norm = norm * factor
-        if max_norm is not None:
-            factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch clips
-        apply = torch.isfinite(norm) if grad_scale is not None else torch.ones_like(norm).bool()
-        self.steps += apply
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present))) / (scale or 1)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1) / (scale or 1)  # as torch clips
         beta1, beta2, eps = map(float, (*self.betas, self.eps))
-        scalars = torch.stack(
-            [factor, 1 - beta1**self.steps, (1 - beta2**self.steps).sqrt(), apply]
-        ).float()
+        corrections = torch.tensor([1 - beta1 ** (steps + 1), (1 - beta2 ** (steps + 1)) ** 0.5])
+        corrections = corrections.to(norm, non_blocking=True)
+        # The host would have to wait for the norm to know whether this step is skipped.
+        applies = torch.ones_like(norm) if scale is None else torch.isfinite(norm).to(norm)
+        scalars = torch.cat([factor[None], corrections, applies[None]])
         self._locate(gradients)
         defines, grid = {"SEMANTICS": SEMANTICS[self.semantics]}, (self.chunks.shape[0], 1)
         parameters: dict[str, launch.Parameter] = {
@@ -120,15 +120,14 @@ class Sweep:
     def _locate(self, gradients: Sequence[Tensor | None]) -> None:
         """Update the tables of addresses and chunks where necessary.
 
-        Gradients move in most steps, which changes only the short table of addresses. The chunks
-        (26 thousand for BERT-base) depend only on which tensors have a gradient.
+        Gradients move in most steps, which changes one column of the short table of addresses. The
+        chunks (26 thousand for BERT-base) depend only on which tensors have a gradient.
         """
-        rows = zip(self.parameters, gradients, self.first, self.second)
-        addresses = [tuple(0 if x is None else x.data_ptr() for x in row) for row in rows]
-        if addresses != self.addresses:
-            self.addresses = addresses
-            table = torch.tensor(addresses, dtype=torch.int64)
-            self.table = table.to(self.device, non_blocking=True)  # after the backward pass
+        gradients_at = [0 if x is None else x.data_ptr() for x in gradients]
+        if gradients_at != self.gradients_at:
+            self.gradients_at = gradients_at
+            # On the stream, so after the last update and the backward pass.
+            self.table[:, 1] = torch.tensor(gradients_at).to(self.device, non_blocking=True)
         present = [gradient is not None for gradient in gradients]
         if present != self.present:
             self.present = present
