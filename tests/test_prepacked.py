@@ -20,6 +20,7 @@ from minibert.speed import prepacked
 from minibert.speed.prepacked import (
     BlockedLinear,
     HalfLinear,
+    JoinedLinear,
     PrepackedLayer,
     choose,
     prepack,
@@ -34,6 +35,7 @@ KINDS = {
     "fp32 with AVX2": (torch.float32, BlockedLinear, True),
     "bf16": (torch.bfloat16, BlockedLinear, False),
     "fp16 weights": (torch.float32, HalfLinear, True),
+    "joined": (torch.float32, JoinedLinear, False),  # on a GPU
 }
 
 
@@ -48,7 +50,8 @@ def test_the_error_is_within_twice_that_of_the_plain_layers(
     """
     dtype, linear, avx2 = KINDS[kind]
     monkeypatch.setattr(prepacked, "AVX2", avx2)
-    found = choose(CPU, dtype, may_round=linear is HalfLinear)
+    device = torch.device("cuda") if linear is JoinedLinear else CPU
+    found = choose(device, dtype, may_round=linear is HalfLinear)
     if found.value is not linear:
         pytest.skip(found.reason)
     net, fast = model(attn, dtype), model(attn, dtype)
@@ -107,8 +110,8 @@ def test_a_tagger_is_prepacked_by_default(directory: Path, tmp_path: Path) -> No
 
 def test_the_reason_for_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(CPU, torch.float32).value is BlockedLinear
-    assert "CPU" in choose(torch.device("cuda"), torch.float16).reason
-    assert not choose(torch.device("cuda"), torch.float16).value
+    assert "CPU" in choose(torch.device("mps"), torch.float16).reason
+    assert not choose(torch.device("mps"), torch.float16).value
     assert not choose(CPU, torch.float64).value
     monkeypatch.setattr(prepacked, "BLOCKED", ("mkldnn::_gone",))
     assert choose(CPU, torch.float32).reason == f"torch {torch.__version__} has no mkldnn::_gone"

@@ -1,11 +1,12 @@
-"""Encoder layers for inference on a CPU, with weights packed once in the order the GEMM reads.
+"""Encoder layers for inference: weights packed once in the order the GEMM reads, q, k, v joined.
 
-A GEMM library reads a weight in blocks that fit the vector registers. Given a plain (out, in)
-matrix it packs it in every call; for one sentence of 12 word-pieces, packing takes longer than the
-products. Here the weights are packed once, and q, k and v are one product.
+On a CPU a GEMM library reads a weight in blocks that fit the vector registers. Given a plain (out,
+in) matrix it packs it in every call; for one sentence of 12 word-pieces, packing takes longer than
+the products. Here the weights are packed once, and q, k and v are one product.
 
 ``BlockedLinear``  oneDNN, in fp32, bf16 or fp16
 ``HalfLinear``     FBGEMM: weights rounded to fp16, products in fp32; for CPUs without bf16
+``JoinedLinear``   torch's product, for a GPU, which packs nothing: only q, k and v are joined
 
 The plain layers (model/encoder.py) stay the reference. Prepacked layers sum in another order, so
 their last bits differ; they cannot be trained, saved or traced. Shape legend: see model/layout.py.
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from minibert.machine import Chosen
 from minibert.model.attention import AttentionFn, sdpa
-from minibert.model.encoder import EncoderLayer
+from minibert.model.encoder import EncoderLayer, add_norm
 from minibert.model.heads import BertWithHead, TokenClassificationHead
 from minibert.model.layout import Layout
 
@@ -120,7 +121,34 @@ class HalfLinear:
         return self(x_NI).add_(residual_NO)
 
 
-Linear = type[BlockedLinear] | type[HalfLinear]
+class JoinedLinear:
+    """x Wᵀ + b by torch.
+
+    Args:
+        weight_OI: (out, in), floating point, on any device.
+        bias_O: (out,), the same dtype.
+    """
+
+    what = "q, k and v in one product"
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor):
+        self.weight_OI, self.bias_O = weight_OI.detach(), bias_O.detach()
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """(N, in) to (N, out)."""
+        return F.linear(x_NI, self.weight_OI, self.bias_O)
+
+    def gelu(self, x_NI: Tensor) -> Tensor:
+        """(N, in) to (N, out), then exact (erf) GELU."""
+        return _gelu(self(x_NI))
+
+    def plus(self, x_NI: Tensor, residual_NO: Tensor) -> Tensor:
+        """(N, in) and (N, out) to (N, out): the product plus the residual."""
+        return self(x_NI).add_(residual_NO)
+
+
+LinearLayer = BlockedLinear | HalfLinear | JoinedLinear
+Linear = type[BlockedLinear] | type[HalfLinear] | type[JoinedLinear]
 
 
 def choose(
@@ -133,6 +161,8 @@ def choose(
         dtype: of its parameters.
         may_round: the weights may be rounded, because the dtype was not requested explicitly.
     """
+    if device.type == "cuda":
+        return Chosen(JoinedLinear, "one product gives q, k and v")
     if device.type != "cpu":
         return Chosen(None, "only CPU products pack weights in every call")
     if not torch.backends.mkldnn.is_available():
@@ -187,8 +217,8 @@ class PrepackedLayer(nn.Module):
     """The forward pass of an ``EncoderLayer`` in eval mode.
 
     Args:
-        layer: the plain layer, on the CPU; not needed afterwards.
-        linear: ``BlockedLinear`` or ``HalfLinear``.
+        layer: the plain layer; not needed afterwards.
+        linear: from ``choose`` for its device.
     """
 
     def __init__(self, layer: EncoderLayer, linear: Linear):
@@ -204,16 +234,23 @@ class PrepackedLayer(nn.Module):
         self.up = linear(feed_forward.up.weight, feed_forward.up.bias)
         self.down = linear(feed_forward.down.weight, feed_forward.down.bias)
         self.feed_forward_norm = layer.feed_forward_norm
+        self.add_norm, self.dropout = layer.add_norm, layer.dropout
         self.eval()
 
     def forward(self, x_ND: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor] | None]:
         """x (N, D) to x (N, D), and the attention maps if there are any."""
         qkv_N3HK = self.qkv(x_ND).view(len(x_ND), 3, -1, self.head_size)
         context_ND, probs = self.attend(qkv_N3HK, layout)
-        x_ND = self.attention_norm(self.output.plus(context_ND, x_ND))
+        x_ND = self._add_norm(self.output, context_ND, x_ND, self.attention_norm)
         up_NF = self.up.gelu(x_ND) if self.is_gelu else self.up(x_ND).relu_()
-        x_ND = self.feed_forward_norm(self.down.plus(up_NF, x_ND))
-        return x_ND, probs
+        return self._add_norm(self.down, up_NF, x_ND, self.feed_forward_norm), probs
+
+    def _add_norm(
+        self, linear: LinearLayer, y_NI: Tensor, x_ND: Tensor, norm: nn.LayerNorm
+    ) -> Tensor:
+        if self.add_norm is add_norm:
+            return norm(linear.plus(y_NI, x_ND))  # one pass less: the product adds x
+        return self.add_norm(linear(y_NI), x_ND, norm, self.dropout)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrepackedLayer:
         """What ``to``, ``half``, ``cuda`` and the like call on every module.
@@ -255,11 +292,13 @@ class PrepackedClassifier(nn.Module):
 
 
 def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
-    """Replace the encoder layers and the classifier of a model in eval mode with prepacked ones.
+    """Replace the encoder layers of a model in eval mode with prepacked ones.
+
+    On a CPU also the classifier.
 
     Args:
-        model: on the CPU.
-        linear: from ``choose``.
+        model: where it will run.
+        linear: from ``choose`` for its device.
 
     Raises:
         ValueError: a weight is too large for the linear layer's format.
@@ -269,7 +308,7 @@ def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
         layer = layers[i]
         assert isinstance(layer, EncoderLayer)
         layers[i] = PrepackedLayer(layer, linear)
-    if isinstance(model.head, TokenClassificationHead):
+    if isinstance(model.head, TokenClassificationHead) and linear is not JoinedLinear:
         classifier = PrepackedClassifier(model.head.classifier)
         model.head.classifier = classifier  # type: ignore[assignment]  # it takes the same calls
     # The last to be converted: an error of the layers then leaves the whole model as it was.
