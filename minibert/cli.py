@@ -397,7 +397,7 @@ def _tagger(options: argparse.Namespace, prepack: bool = True):
     if sys.stderr.isatty():  # for a person; programs read standard error for problems only
         from minibert.info import running
 
-        _note(running(tagger.model))
+        _note(running(tagger))
     return tagger
 
 

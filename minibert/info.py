@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,10 +18,12 @@ from minibert import __version__
 from minibert.files import home
 from minibert.machine import DTYPES, Chosen, choose_device, choose_dtype, name_of
 from minibert.model.encoder import IMPLEMENTATIONS
-from minibert.model.heads import BertForTokenClassification
 from minibert.speed import cuda, fused, prepacked
 from minibert.speed.cuda import adamw, attention, build, obstacles
 from minibert.speed.prepacked import PrepackedLayer
+
+if TYPE_CHECKING:
+    from minibert.tagging.tagger import Tagger
 
 HEAD_SIZE, HIDDEN_SIZE = 64, 768  # K and D of BERT-base
 WORKS = "works, equal to float64 within rounding"
@@ -60,11 +63,14 @@ def facts() -> dict[str, str]:
     return {line[:13].strip().replace(" ", "_"): line[13:] for line in lines}
 
 
-def running(model: BertForTokenClassification) -> str:
-    """How a model runs, in a line: device, number format, attention, layers."""
+def running(tagger: Tagger) -> str:
+    """How a tagger runs, in a line: device, number format, attention, layers; on a GPU graphs."""
+    model, graphs = tagger.model, tagger.graphs
     layer = model.bert.layers[0]
     what = layer.qkv.what if isinstance(layer, PrepackedLayer) else "plain layers"
     how = f"attention {model.attn_implementation}, {what}"
+    if model.device.type == "cuda":
+        how += f", {'' if graphs.value else 'no '}CUDA graphs: {graphs.reason}"
     return f"{model.device}, {name_of(model.dtype)}, {how}"
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minibert import BertConfig, BertForTokenClassification, Tagger
 from minibert.pretrained.weights import names_of
-from minibert.speed.cuda_graphs import Graphs, Recorder
+from minibert.speed.cuda_graphs import Graphs, Recorder, choose_inference
+from minibert.speed.prepacked import JoinedLinear, prepack
 from minibert.text import batches, demo
 from minibert.text.bio import labels_of
 
@@ -167,6 +168,23 @@ def test_pools_started_ahead_give_the_same(
     monkeypatch.setattr(Tagger, "depth", 0)
     assert ahead == list(tagger.tag_texts(texts))
     assert sum(map(len, ahead)) > 100
+
+
+@torch.inference_mode()
+def test_replayed_inference_gives_the_plain_logits() -> None:
+    """Batches of one size alternate; the replay's sentences are others than the capture's."""
+    model = build("fused").half().eval()
+    plain = copy.deepcopy(model)
+    prepack(model, JoinedLinear)
+    chosen = choose_inference(model)
+    assert chosen.value, chosen.reason
+    captured = len(chosen.value.recordings)
+    for lengths in ([12, 30], [21, 21], [7], [40, 2], [7]):
+        _, inputs, _ = padded_and_packed(lengths, CONFIG, "cuda")
+        del inputs["labels"], inputs["token_type_ids"]
+        want = plain(**inputs).logits.float()
+        assert (chosen.value(inputs).float() - want).abs().max() <= 2**-7 * want.abs().max()
+    assert len(chosen.value.recordings) == captured + 2
 
 
 @pytest.mark.parametrize("graphs", [(), ("--graphs",)])

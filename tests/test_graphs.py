@@ -7,6 +7,7 @@ graph does; attention is our kernels in the emulator. The capture itself is test
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -16,20 +17,21 @@ from types import SimpleNamespace
 import pytest
 import test_kernels_ops  # the kernels' CPU side is the emulator
 import torch
-from builders import small_bert, write_bio
+from builders import small_bert, small_checkpoint, write_bio
 from torch import Tensor
 from training_runs import tiny_model
 
 import train
 from benchmarks import gpu_models
-from minibert import BertForTokenClassification
+from minibert import BertForTokenClassification, Tagger
 from minibert.files import MinibertError
 from minibert.machine import Chosen
 from minibert.model import encoder
 from minibert.model.attention import Attended, sdpa
 from minibert.model.layout import Layout, Packed
 from minibert.speed import cuda_graphs
-from minibert.speed.cuda_graphs import Graphs, Passes, Recording, Size
+from minibert.speed.cuda_graphs import Graphs, InferenceGraphs, Passes, Recording, Size
+from minibert.speed.prepacked import JoinedLinear, prepack
 from minibert.text import demo
 from minibert.text.batches import Batch, Example, packed
 from minibert.training import step
@@ -46,13 +48,16 @@ class Repeated:
     def __init__(self) -> None:
         self.count = 0
 
-    def __call__(self, passes: Callable[[], Passes]) -> Recording:
+    def __call__(self, passes: Callable) -> Recording:
         self.count += 1
         with torch.random.fork_rng():
             result = passes()
 
         def replay() -> None:
             again = passes()
+            if isinstance(result, Tensor):
+                result.copy_(again)
+                return
             result.loss.copy_(again.loss)
             for place, gradient in zip(result.gradients, again.gradients):
                 assert place is not None
@@ -239,6 +244,75 @@ def test_graphs_are_taken_where_a_trial_captures_one(monkeypatch: pytest.MonkeyP
     assert cuda_graphs._obstacle(model).startswith("a first capture fails: operation not permitted")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 10, 1 << 34))
     assert cuda_graphs._obstacle(model).endswith("0 MiB are free")
+
+
+# ---- inference ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("own_kernels")
+@torch.inference_mode()
+def test_replayed_inference_is_the_bits_of_plain_passes() -> None:
+    """Our kernels and one product for q, k and v; batches of one size alternate."""
+    model = model_of("fused", dropout_p=0.0).half().eval()
+    prepack(model, JoinedLinear)
+    recorder = Repeated()
+    graphs = InferenceGraphs(model, recorder, most=2)
+    for index in (0, 1, 2, 3, 0, 4):
+        inputs = batch_of(BATCHES[index]).inputs
+        expected = model(inputs["input_ids"], layout=inputs["layout"]).logits
+        assert torch.equal(graphs(inputs), expected)
+    assert recorder.count == 2
+    copied = copy.deepcopy(graphs)
+    assert torch.equal(copied(inputs), expected)
+    assert copied.recordings.keys() == {Size.of(inputs["layout"], 100)}
+    assert copied.model is not model
+
+
+def test_a_trial_decides_on_graphs_for_inference() -> None:
+    model = model_of("sdpa", dropout_p=0.0).eval()
+    model.bert.layers[0].attention.attend = by_starts
+    assert InferenceGraphs(model, Repeated()).obstacle() is None
+    stale = InferenceGraphs(model, lambda passes: Recording(lambda: None, passes()))
+    assert stale.obstacle() == "a replayed pass is wrong"
+
+    def refused(_: object) -> Recording:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    assert InferenceGraphs(model, refused).obstacle() == (
+        "a first capture fails: operation not permitted when stream is capturing"
+    )
+
+
+def test_what_graphs_for_inference_need() -> None:
+    def reason(device: str, attention: str) -> str:
+        bert = SimpleNamespace(layers=[encoder.EncoderLayer])
+        model = SimpleNamespace(
+            device=torch.device(device), attn_implementation=attention, bert=bert
+        )
+        chosen = cuda_graphs.choose_inference(model)
+        assert chosen.value is None
+        return chosen.reason
+
+    assert reason("cpu", "fused") == "they need a CUDA device, not cpu"
+    assert reason("cuda", "sdpa") == "they need fused attention, not sdpa"
+    assert reason("cuda", "fused") == "they need prepacked layers, not plain ones"
+
+
+def test_a_tagger_with_graphs_gives_the_same_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = encoder.Implementation(by_starts, encoder.add_norm)
+    monkeypatch.setitem(encoder.IMPLEMENTATIONS, "sdpa", version)
+    folder = small_checkpoint(tmp_path)
+    tagger = Tagger.from_pretrained(folder, dtype="fp32", device="cpu", batch_tokens=20)
+    assert tagger.graphs == Chosen(None, "they need a CUDA device, not cpu")
+    sentences = [["who", "directed", "jaws"], ["a"], ["jaws"] * 9, ["b", "c"]] * 3
+    expected = list(tagger.label(sentences))
+    recorder = Repeated()
+    tagger.graphs = Chosen(InferenceGraphs(tagger.model, recorder), "the test says so")
+    found = list(tagger.label(sentences))
+    assert [[x.name for x in row] for row in found] == [[x.name for x in row] for row in expected]
+    assert recorder.count > 0
 
 
 def test_train_py_uses_graphs(

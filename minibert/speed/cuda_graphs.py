@@ -1,4 +1,4 @@
-"""The forward and backward pass of a training step as a CUDA graph: one launch, not hundreds.
+"""The passes of a training step, or of inference, as a CUDA graph: one launch, not hundreds.
 
 With small batches a GPU waits for Python to launch the next kernel. A CUDA graph records launches
 and replays them all at once, but with the shapes and addresses used at capture. So:
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from threading import Lock
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +27,11 @@ from minibert.machine import Chosen
 from minibert.model.heads import BertWithHead
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
+from minibert.speed.prepacked import PrepackedLayer
 
-MOST = 12  # graphs; each keeps its own gradients, as large as the model
+MOST = 12  # graphs of training; each keeps its own gradients, as large as the model
+MOST_OF_INFERENCE = 64
+T = TypeVar("T")
 
 Inputs = Mapping[str, Tensor | Packed]  # of the model: input_ids, labels, layout
 
@@ -97,14 +101,18 @@ def _obstacle(model: BertWithHead) -> str | None:
         return f"their gradients may need {needed >> 20} MiB, {free >> 20} MiB are free"
     x_NN = torch.linspace(-1, 1, 64, device=model.device).expand(64, 64).contiguous()
     try:
-        replay, passes = Recorder(model.device)(lambda: Passes(x_NN @ x_NN, []))
+        recording = Recorder(model.device)(lambda: x_NN @ x_NN)
         x_NN.neg_().add_(1)
-        replay()
-        if not torch.allclose(passes.loss, x_NN @ x_NN, rtol=1e-2, atol=1e-2):
+        recording.replay()
+        if not torch.allclose(recording.result, x_NN @ x_NN, rtol=1e-2, atol=1e-2):
             return "a replayed product is wrong"
     except RuntimeError as error:
-        return f"a first capture fails: {str(error).splitlines()[0]}"
+        return _failure(error)
     return None
+
+
+def _failure(error: RuntimeError) -> str:
+    return f"a first capture fails: {str(error).splitlines()[0]}"
 
 
 def _power_of_two(number: int) -> int:
@@ -139,24 +147,24 @@ class Places:
         scale = torch.ones((), device=device)
         return cls(ids_N, labels_N, Packed(lengths, starts, position_N), scale)
 
-    def fill(self, inputs: Inputs, scale: float) -> None:
+    def fill(self, inputs: Inputs, scale: float = 1.0) -> None:
         """Copy a batch of this size here; sentences that it does not have are empty."""
-        ids_N, labels_N, layout = _packed(inputs)
+        ids_N, layout = _packed(inputs)
         self.ids_N.copy_(ids_N)
-        self.labels_N.copy_(labels_N)
+        if isinstance(labels_N := inputs.get("labels"), Tensor):
+            self.labels_N.copy_(labels_N)
         self.layout.position_N.copy_(layout.position_N)
         self.layout.starts[: len(layout.starts)].copy_(layout.starts)
         self.layout.starts[len(layout.starts) :].fill_(len(ids_N))
         self.scale.fill_(scale)
 
 
-def _packed(inputs: Inputs) -> tuple[Tensor, Tensor, Packed]:
-    """Ids, labels and layout of a packed batch."""
-    ids_N, labels_N, layout = (inputs[name] for name in ("input_ids", "labels", "layout"))
+def _packed(inputs: Inputs) -> tuple[Tensor, Packed]:
+    """Ids and layout of a packed batch."""
+    ids_N, layout = inputs["input_ids"], inputs["layout"]
     assert isinstance(ids_N, Tensor)
-    assert isinstance(labels_N, Tensor)
     assert isinstance(layout, Packed)
-    return ids_N, labels_N, layout
+    return ids_N, layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,14 +175,19 @@ class Passes:
     gradients: list[Tensor | None]  # of the scaled loss, by parameter
 
 
-class Recording(NamedTuple):
-    """A captured forward and backward pass; a replay overwrites the result of the last one."""
+@dataclass(frozen=True, eq=False)
+class Recording(Generic[T]):
+    """What was captured; a replay overwrites the result of the last one."""
 
     replay: Callable[[], None]
-    passes: Passes
+    result: T
 
 
-Record = Callable[[Callable[[], Passes]], Recording]
+class Record(Protocol):
+    """Captures what a function does; ``Recorder`` does it with CUDA."""
+
+    def __call__(self, passes: Callable[[], T], /) -> Recording[T]:
+        """The recording, and the function's result as its first one."""
 
 
 class Recorder:
@@ -188,7 +201,11 @@ class Recorder:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, passes: Callable[[], Passes]) -> Recording:
+    def __reduce__(self) -> tuple:
+        """A copy has a pool of its own."""
+        return type(self), (self.device,)
+
+    def __call__(self, passes: Callable[[], T], /) -> Recording[T]:
         """Warm up on a side stream, so that every library is initialised, then capture.
 
         The random generators end where they began: a resumed run captures at other steps and must
@@ -229,7 +246,7 @@ class Graphs:
         self.record = record
         self.most = most
         self.parameters = list(model.parameters())
-        self.recordings: dict[Size, tuple[Places, Recording]] = {}
+        self.recordings: dict[Size, tuple[Places, Recording[Passes]]] = {}
 
     def backward(self, inputs: Inputs, scale: float = 1.0) -> Tensor:
         """Compute the loss, and give every parameter the gradient of the loss times ``scale``.
@@ -242,7 +259,7 @@ class Graphs:
             The loss, a scalar without history. Like the gradients it is overwritten by the next
             call.
         """
-        ids_N, _, layout = _packed(inputs)
+        ids_N, layout = _packed(inputs)
         size = Size.of(layout, self.model.config.max_length)
         if size not in self.recordings:
             places = Places.of(size, ids_N.device)
@@ -254,9 +271,9 @@ class Graphs:
         places, recording = self.recordings[size]
         places.fill(inputs, scale)
         recording.replay()
-        for parameter, gradient in zip(self.parameters, recording.passes.gradients):
+        for parameter, gradient in zip(self.parameters, recording.result.gradients):
             parameter.grad = gradient
-        return recording.passes.loss
+        return recording.result.loss
 
     def _passes(self, places: Places) -> Passes:
         for parameter in self.parameters:
@@ -269,3 +286,77 @@ class Graphs:
         assert loss is not None
         (loss * places.scale).backward()
         return Passes(loss.detach(), [parameter.grad for parameter in self.parameters])
+
+
+class InferenceGraphs:
+    """Logits of packed batches, with one CUDA graph per size of batch. Threads take turns.
+
+    Args:
+        model: in eval mode, with fused attention; its parameters must not move.
+        record: captures a graph.
+        most: number of graphs at most. Batches of further sizes run without one.
+    """
+
+    def __init__(self, model: BertWithHead, record: Record, most: int = MOST_OF_INFERENCE):
+        self.model = model
+        self.record = record
+        self.most = most
+        self.recordings: dict[Size, tuple[Places, Recording[Tensor]]] = {}
+        self.lock = Lock()
+
+    def __reduce__(self) -> tuple:
+        """Copy and pickle without the graphs, which hold addresses of this process."""
+        return type(self), (self.model, self.record, self.most)
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The logits (N, L) of a batch, filled up to one of a few sizes."""
+        ids_N, layout = _packed(inputs)
+        size = Size.of(layout, self.model.config.max_length)
+        with self.lock:
+            if size not in self.recordings:
+                if len(self.recordings) == self.most:
+                    return self.model(ids_N, layout=layout).logits
+                places = Places.of(size, ids_N.device)
+                places.fill(inputs)
+                recording = self.record(
+                    lambda: self.model(places.ids_N, layout=places.layout).logits
+                )
+                self.recordings[size] = places, recording
+            places, recording = self.recordings[size]
+            places.fill(inputs)
+            recording.replay()
+            return recording.result.clone()
+
+    @torch.inference_mode()
+    def obstacle(self) -> str | None:
+        """Why they cannot be used, or None: captures a pass over three tokens and replays it."""
+        layout = Packed.from_lengths([2, 1], self.model.device)
+        try:
+            for ids_N in torch.tensor([[0, 0, 0], [1, 0, 1]], device=self.model.device):
+                got = self({"input_ids": ids_N, "layout": layout})
+                want = self.model(ids_N, layout=layout).logits
+                if not torch.allclose(got, want, rtol=1e-2, atol=1e-2, equal_nan=True):
+                    return "a replayed pass is wrong"
+        except RuntimeError as error:
+            return _failure(error)
+        return None
+
+
+def choose_inference(model: BertWithHead) -> Chosen[InferenceGraphs | None]:
+    """CUDA graphs for a model that only predicts, or None and why not.
+
+    Args:
+        model: in eval mode, where it will run.
+    """
+    device, attention, layers = model.device, model.attn_implementation, model.bert.layers
+    needs = {
+        f"a CUDA device, not {device}": device.type == "cuda",
+        f"fused attention, not {attention}": attention == "fused",
+        # They cannot be moved, and nothing can look at what happens inside them.
+        "prepacked layers, not plain ones": all(isinstance(x, PrepackedLayer) for x in layers),
+    }
+    if unmet := next((need for need, is_met in needs.items() if not is_met), None):
+        return Chosen(None, f"they need {unmet}")
+    graphs = InferenceGraphs(model, Recorder(device))
+    obstacle = graphs.obstacle()
+    return Chosen(None if obstacle else graphs, obstacle or "each pass is one launch")

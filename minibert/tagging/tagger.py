@@ -21,6 +21,7 @@ from minibert.model.heads import BertForTokenClassification, BertWithHead
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
+from minibert.speed.cuda_graphs import choose_inference
 from minibert.tagging.stream import pools, read_ahead
 from minibert.tagging.words import Entities, Entity, Label, Words, entities, join, split
 from minibert.text.batches import Batch, Example, examples_of, packed, padded
@@ -102,6 +103,7 @@ class Tagger:
         self.batch_tokens = batch_tokens
         self.pack = pack
         self.well_formed = well_formed
+        self.graphs = choose_inference(model)
 
     @classmethod
     def from_pretrained(
@@ -126,8 +128,10 @@ class Tagger:
                 to fp16.
             device: None takes a GPU if there is one.
             batch_tokens, pack, well_formed: as above.
-            prepack: on a CPU, lay the weights out once in the order in which its matrix products
-                read them. The model can then only predict: to trace, train or save it, use False.
+            prepack: lay the weights out once for inference: on a CPU in the order in which its
+                matrix products read them, on a GPU with q, k and v side by side, where passes also
+                become CUDA graphs. The model can then only predict: to trace, train or save it, use
+                False.
 
         Raises:
             MinibertError: a file is missing or damaged, it holds no trained classifier, or a weight
@@ -251,7 +255,10 @@ class Tagger:
 
     def _scores(self, batch: Batch) -> Scores:
         with torch.autocast(self.model.device.type, enabled=False):  # the model has its dtype
-            logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
+            if self.graphs.value and self.pack:
+                logits = self.graphs.value(batch.inputs)
+            else:
+                logits = self.model(**batch.inputs).logits.flatten(end_dim=-2)
         scores_WL = logits[batch.first_W].float()
         if not scores_WL.is_cuda:
             return Scores(scores_WL, logits.dtype)
@@ -289,7 +296,8 @@ class Tagger:
     def _batch(self, group: list[Example]) -> Batch:
         device, pad_id = self.model.device, self.tokenizer.pad_id
         if self.pack:
-            return packed(group, device, pad_id if device.type == "cpu" else None)
+            fills = device.type == "cpu" or self.graphs.value is not None
+            return packed(group, device, pad_id if fills else None)
         return padded(group, pad_id, device=device)
 
 
