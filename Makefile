@@ -10,8 +10,8 @@ bench gpu-bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 bench gpu-bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 bench gpu-bench: export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: demo test test-slow test-python fuzz gpu-test gpu-bench bench bench-full check docs pictures train scores compare format \
-	clean
+.PHONY: demo test test-colab test-slow test-python fuzz gpu-test gpu-bench bench bench-full check docs \
+	pictures train scores compare format clean
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
@@ -34,6 +34,23 @@ demo: $(SETUP) weights/minilm/model.safetensors
 
 test: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m pytest -m "not slow and not gpu"
+
+# The T4 notebook, compiling and launching with the versions of Colab's image (PyPI's torch brings
+# CUDA along, five gigabytes). Not part of `make test`.
+COLAB_PYTHON ?= python3.13
+COLAB := build/colab
+
+$(COLAB)/.installed:
+	$(COLAB_PYTHON) -m venv $(COLAB)
+	$(COLAB)/bin/python -m pip install --quiet torch==2.11.0
+	$(COLAB)/bin/python -m pip install --quiet 'cuda-core>=1.0,<1.3' tokenizers safetensors \
+		huggingface_hub tqdm numpy transformers pytest pytest-benchmark hypothesis
+	$(COLAB)/bin/python -m pip install --quiet --no-deps cuda-bindings==12.9.7 nvidia-cuda-nvrtc-cu12==12.8.93
+	touch $@
+
+test-colab: $(COLAB)/.installed
+	$(COLAB)/bin/python -m pytest -m "not slow and not gpu" \
+		tests/test_notebook.py tests/test_kernels_build.py tests/test_kernels_driver.py
 
 test-slow: $(SETUP) weights/minilm/model.safetensors
 	$(PYTHON) -m pytest -m slow

@@ -78,9 +78,15 @@ def test_the_t4_notebook_finds_the_project(
     assert Path.cwd() == folder
 
 
-def test_the_t4_notebook_stops_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("built_for", [None, "12.8"])
+def test_the_t4_notebook_stops_without_a_gpu(
+    built_for: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nvidia-smi is missing."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setenv("PATH", "/bin")
     guard = "".join(code(ROOT / "notebooks" / "t4.ipynb")[1]["source"])
     with pytest.raises(RuntimeError, match="STOP: "):
         exec(guard, {"sys": sys, "subprocess": subprocess, "TINY": ""})
