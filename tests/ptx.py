@@ -626,7 +626,7 @@ def enqueue(work: Launch) -> None:
 
 def _parameter(kind: str, value: Any) -> np.generic:
     """A kernel's argument as ``launch.pack`` gives it."""
-    expected = {"u64": int, "u32": ctypes.c_int32, "f32": ctypes.c_float}[kind]
-    if not isinstance(value, expected):
-        raise PtxError(f"a parameter of type {kind} gets {value}")
-    return np.uint64(value) if kind == "u64" else np.frombuffer(value, numpy_type(kind))[0]
+    expected = {"u64": int, "u32": np.int32, "f32": np.float32}[kind]
+    if type(value) is not expected:
+        raise PtxError(f"a parameter of type {kind} gets {value!r}")
+    return np.uint64(value) if kind == "u64" else value.view(numpy_type(kind))

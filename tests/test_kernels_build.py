@@ -169,7 +169,7 @@ def test_parameters_are_those_of_the_sources() -> None:
         new_sweep().step(draw(), 1e-2)
     seen = {one.kernel for one in launches}
     assert seen == {*ATTENTION, "add_norm", "add_norm_backward", "add_norm_sums", "adamw"}
-    packed_as = {"int": "c_int", "float": "c_float", "u32": "c_int"}
+    packed_as = {"int": "int32", "float": "float32", "u32": "int32"}
     for one in launches:
         source = build.source(one.file)
         pattern = rf"KERNEL\({one.kernel}, [^(]*\((.*?)\),\n"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from threading import Thread
 
 import emulator
@@ -13,12 +11,13 @@ import torch
 if torch.cuda.is_available():
     pytest.skip("there is a real driver here", allow_module_level=True)
 
-import fake_driver
 from test_kernels_adamw import draw, new_sweep
 from test_kernels_attention import KINDS, check, run
 from test_kernels_norm import check as check_norm
 
-from minibert.speed.cuda import build, launch, obstacles, ops
+from benchmarks import gpu_host
+from minibert.speed.cuda import build, launch, obstacles
+from tests import fake_driver
 
 fake_driver.library()  # before anything looks for the real one
 
@@ -109,45 +108,15 @@ def test_nvrtc_compiles_beside_the_stand_in() -> None:
     assert code.startswith(b"\x7fELF")
 
 
-def best_ms(run: Callable[[], object], turns: int = 100) -> float:
-    """The least processor time of a call, which other processes disturb least."""
-    times = []
-    for _ in range(turns):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return 1000 * min(times)
-
-
-@pytest.mark.slow
-def test_the_hosts_time() -> None:
-    """Of our kernels in twelve layers, each with one attention and two norms."""
-    q, k, v = torch.randn(3, 8, 2, 32).half().requires_grad_().unbind(0)
-    starts, dy = torch.tensor([0, 5, 8], dtype=torch.int32), torch.randn(8, 2, 32).half()
-    x = torch.randn(8, 64).half().requires_grad_()
-    weight, bias = (torch.randn(64, requires_grad=True) for _ in range(2))
-
-    def layer(dropout_p: float) -> list[torch.Tensor]:
-        context = ops.attend(q, k, v, starts, 5, dropout_p)
-        return [context, *(ops.add_norm(x, x, weight, bias, 1e-5, dropout_p) for _ in range(2))]
-
-    @torch.no_grad()
-    def inference() -> None:
-        for _ in range(12):
-            layer(0.0)
-
-    def step() -> None:
-        outputs = [y for _ in range(12) for y in layer(0.1)]
-        gradients = [dy if y.dim() == 3 else x.detach() for y in outputs]
-        torch.autograd.grad(outputs, (q, k, v, x, weight, bias), gradients)
-
-    with fake_driver.pretend(count_only=True):
-        launches = fake_driver.library().fake_launches
-        inference()
-        assert launches() == 12 * 3
-        step()
-        assert launches() == 12 * 3 + 12 * (3 + 2 + 2 * 2)
-        found = best_ms(inference), best_ms(step)
-    print(f"inference {found[0]:.2f} ms, training step {found[1]:.2f} ms")
-    assert found[0] < 3
-    assert found[1] < 16
+def test_what_a_pass_asks_of_the_host() -> None:
+    """Twelve layers, each with one attention and two norms."""
+    with gpu_host.a_gpu():
+        inference = gpu_host.count(gpu_host.kernels(training=False))
+        step = gpu_host.count(gpu_host.kernels(training=True))
+        replayed = gpu_host.count(gpu_host.replayed_step())
+    # Only the results, and what the kernels keep for the backward pass.
+    assert inference == (12 * 3, 12 * (2 + 2 * 3), 12 * (2 + 2 * 3), 0)
+    assert (step.launches, step.streams) == (12 * (1 + 2 + 2 * (1 + 2)), 0)
+    # Also the gradients, and two tensors that one kernel writes for the next.
+    assert step.allocations == 12 * (2 + 2 + 2 * (3 + 4))
+    assert (replayed.launches, replayed.allocations) == (1, 0)

@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 from torch import Tensor
 
 from minibert.speed.cuda import attention, build, launch, norm, ops
@@ -174,8 +175,8 @@ class Emulator:
         order: int | None = None,
     ) -> None:
         """Start a kernel on parameters as ``launch.pack`` gives them."""
-        values = [ctypes.c_void_p(x) if isinstance(x, int) else x for x in parameters]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        values = [np.array(x) for x in parameters]  # an address becomes 8 bytes
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         self.call(kernel, grid, threads, pointers, order, len(values))
 
     def call(

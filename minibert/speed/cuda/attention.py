@@ -120,6 +120,7 @@ def _enqueue(
     if sentences * tiles >= 2**31:
         raise ValueError(f"{sentences} sentences of {max_length} tokens exceed a CUDA grid: split")
     dropout = launch.dropout(dropout_p)
+    dq_NHK, dk_NHK, dv_NHK = grads_NHK
     parameters: dict[str, launch.Parameter] = {
         "q": q_NHK,
         "k": k_NHK,
@@ -128,7 +129,9 @@ def _enqueue(
         "d_context": d_context_NHK,
         "lse": lse_HN,
         "delta": delta_HN,
-        **dict(zip(("dq", "dk", "dv"), grads_NHK)),
+        "dq": dq_NHK,
+        "dk": dk_NHK,
+        "dv": dv_NHK,
         "starts": launch.aligned(starts),
         "seed": seed,
         "tokens": N,

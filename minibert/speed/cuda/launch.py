@@ -6,12 +6,12 @@ NVIDIA's cuda-core.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,29 +42,36 @@ class Launch:
     parameters: dict[str, Parameter]
 
 
-def aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x as the kernels' vector loads need it: contiguous, from a multiple of 16 bytes on.
 
     A contiguous tensor may begin anywhere in its storage; ``contiguous`` would leave it there.
+
+    Args:
+        x: copied only if it is not so yet.
+        dtype: None keeps that of x.
     """
-    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+    if x.is_contiguous() and x.data_ptr() % 16 == 0 and dtype in (None, x.dtype):
         return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return x.to(dtype or x.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def pack(parameters: Mapping[str, Parameter]) -> list[Any]:
-    """Parameters for ``cuda.core.launch``: an address as int, a number as a 4-byte ctypes value."""
-    return [_pack(value) for value in parameters.values()]
+    """Parameters for ``cuda.core.launch``: an address as int, a number as a 4-byte numpy scalar.
+
+    cuda-core takes numpy's scalars in a fifth of the time that it needs for those of ctypes.
+    """
+    return [x.data_ptr() if isinstance(x, Tensor) else _number(x) for x in parameters.values()]
 
 
-def _pack(value: Parameter) -> Any:
+@lru_cache(maxsize=1024, typed=True)  # typed: 1 and 1.0 are equal
+def _number(value: float | None) -> Any:
     if value is None:
         return 0
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int32(value)
+    return np.float32(value) if isinstance(value, float) else np.int32(value)
 
 
+@lru_cache
 def dropout(dropout_p: float) -> dict[str, float]:
     """The two parameters of a kernel with dropout.
 
@@ -122,6 +129,11 @@ def _stream(handle: int):
     return _core().Stream.from_handle(handle)
 
 
+@lru_cache
+def _config(grid: tuple[int, int], threads: int):
+    return _core().LaunchConfig(grid=grid, block=threads)
+
+
 def enqueue(launch: Launch) -> None:
     """Put a launch on torch's current stream of its tensors' device; returns at once.
 
@@ -131,17 +143,17 @@ def enqueue(launch: Launch) -> None:
         BuildError: the kernel is not cached and cannot be compiled.
     """
     device = next(x.device for x in launch.parameters.values() if isinstance(x, Tensor))
-    defines = tuple(sorted(launch.defines.items()))
+    defines = tuple(launch.defines.items())
     kernel = _kernel(launch.file, launch.kernel, architecture(device), defines)
     before = torch.cuda.current_device()
     here = before if device.index is None else device.index
     stream = _stream(torch.cuda.current_stream(here).cuda_stream)
     core = _core()
-    config = core.LaunchConfig(grid=launch.grid, block=launch.threads)
     # torch and cuda-core share the device's primary context, which may not be current yet in
     # autograd's threads.
     core.Device(here).set_current()
     try:
+        config = _config(launch.grid, launch.threads)
         core.launch(stream, config, kernel, *pack(launch.parameters))
     finally:
         if before != here:

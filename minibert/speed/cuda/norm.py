@@ -58,13 +58,14 @@ def forward(
     N = x_ND.shape[0]
     residual_ND = launch.aligned(residual_ND)
     y_ND = torch.empty_like(residual_ND)
-    mean_N, scale_N = (x_ND.new_empty(N, dtype=torch.float32) for _ in range(2))
+    mean_N = x_ND.new_empty(N, dtype=torch.float32)
+    scale_N = torch.empty_like(mean_N)
     dropout = launch.dropout(dropout_p)
     parameters: dict[str, launch.Parameter] = {
         "x": launch.aligned(x_ND),
         "residual": residual_ND,
-        "weight": launch.aligned(weight_D.to(residual_ND.dtype)),
-        "bias": launch.aligned(bias_D.to(residual_ND.dtype)),
+        "weight": launch.aligned(weight_D, residual_ND.dtype),
+        "bias": launch.aligned(bias_D, residual_ND.dtype),
         "seed": seed,
         "y": y_ND,
         "mean": mean_N,
@@ -99,10 +100,10 @@ def backward(
     sums_2D = new((2, D), dtype=torch.float32)
     dropout = launch.dropout(dropout_p)
     parameters: dict[str, launch.Parameter] = {
-        "dy": launch.aligned(dy_ND.to(residual_ND.dtype)),
+        "dy": launch.aligned(dy_ND, residual_ND.dtype),
         "x": x_ND,
         "residual": residual_ND,
-        "weight": launch.aligned(weight_D.to(residual_ND.dtype)),
+        "weight": launch.aligned(weight_D, residual_ND.dtype),
         "seed": seed,
         "mean": mean_N,
         "scale": scale_N,
