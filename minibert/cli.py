@@ -161,7 +161,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         default=1,
         help="of a text longer than the model: the window to show (default: 1)",
     )
-    _running(trace)
+    _running(trace, int8=False)
     _labelling(trace)
     trace.set_defaults(run=_trace)
 
@@ -321,8 +321,8 @@ def _lines(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _running(command: argparse.ArgumentParser, dtype: str = "auto") -> None:
-    """The options of every command that runs a model."""
+def _running(command: argparse.ArgumentParser, dtype: str = "auto", int8: bool = True) -> None:
+    """The options of every command that runs a model; int8 needs prepacked layers."""
     default = "auto, the fastest that the hardware has" if dtype == "auto" else dtype
     command.add_argument(
         "--attn",
@@ -332,9 +332,10 @@ def _running(command: argparse.ArgumentParser, dtype: str = "auto") -> None:
     )
     command.add_argument(
         "--dtype",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=("auto", "fp32", "bf16", "fp16", *(["int8"] if int8 else [])),
         default=dtype,
-        help=f"of weights and computation (default: {default})",
+        help=f"of weights and computation (default: {default})"
+        + ("; int8: of the encoder's products, on a CPU" if int8 else ""),
     )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     command.add_argument(

@@ -50,6 +50,7 @@ def describe() -> str:
         f"auto dtype   {_line(dtype)}",
         f"auto attn    {choice.value}: {choice.reason}",
         f"auto layers  {_layers(device, dtype.value)}",
+        f"int8         {_int8(torch.device('cpu'))}",
         *(f"fused {name:6} {_fused(device, known)}" for name, known in DTYPES.items()),
         f"product      {_product(device, dtype.value)}",
         *(f"{name:12} {found}" for name, found in _kernels(device)),
@@ -81,6 +82,12 @@ def _line(choice: Chosen) -> str:
 def _layers(device: torch.device, dtype: torch.dtype) -> str:
     choice = prepacked.choose(device, dtype, may_round=True)
     return f"{'prepacked' if choice.value else 'plain'} for tagging: {choice.reason}"
+
+
+def _int8(device: torch.device) -> str:
+    """What ``--dtype int8`` does there."""
+    choice = prepacked.choose_int8(device)
+    return f"{'runs where requested' if choice.value else 'cannot run'}: {choice.reason}"
 
 
 def _fused(device: torch.device, dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from builders import PIECES, small_bert, small_checkpoint
 
 from minibert import Tagger
 from minibert.speed import prepacked
-from minibert.speed.prepacked import BlockedLinear, HalfLinear
+from minibert.speed.prepacked import BlockedLinear, ByteLinear, HalfLinear
 from minibert.text.batches import Example, packed, rounded
 
 # MiniLM's shape, so that the products are those of a real model; two layers, to be quick.
@@ -23,7 +23,7 @@ SHAPE = {
     "intermediate_size": 1536,
     "max_position_embeddings": 512,
 }
-DTYPES = ["auto", "fp32", "bf16"]
+DTYPES = ["auto", "fp32", "bf16", "int8"]
 LETTERS = PIECES[5:31]
 
 
@@ -42,6 +42,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=DTYPES)
 def tagger(request: pytest.FixtureRequest, directory: Path) -> Tagger:
+    if request.param == "int8" and not prepacked.choose_int8(torch.device("cpu")).value:
+        pytest.skip("int8 cannot run here")
     found = Tagger.from_pretrained(directory, dtype=request.param, device="cpu")
     if not isinstance(found.model.bert.layers[0], prepacked.PrepackedLayer):
         pytest.skip(f"no prepacked layers in {request.param} on this CPU")
@@ -89,7 +91,7 @@ def test_a_thousand_groupings_give_the_same_bits(tagger: Tagger, threads: int) -
         check_groupings(tagger, random.Random(seed), longest=600, groupings=40)
 
 
-@pytest.mark.parametrize("linear", [BlockedLinear, HalfLinear])
+@pytest.mark.parametrize("linear", [BlockedLinear, HalfLinear, ByteLinear])
 @pytest.mark.parametrize(("inner", "outer"), [(384, 1152), (3072, 768), (384, 5)])
 @torch.inference_mode()
 def test_a_row_of_a_product_does_not_depend_on_the_number_of_rows(
@@ -98,6 +100,8 @@ def test_a_row_of_a_product_does_not_depend_on_the_number_of_rows(
     """For the numbers of rows that batches are filled up to, and any place among them."""
     if linear is HalfLinear and not prepacked.AVX2:
         pytest.skip("only chosen with AVX2 alone")
+    if linear is ByteLinear and not prepacked.choose_int8(torch.device("cpu")).value:
+        pytest.skip("int8 cannot run here")
     torch.manual_seed(0)
     layer = linear(torch.randn(outer, inner) / 20, torch.randn(outer))
     x = torch.randn(rounded(250), inner)

@@ -97,15 +97,16 @@ class Embedder:
             name_or_dir: a directory with config.json, model.safetensors and tokenizer files, or a
                 name that ``minibert download`` knows.
             attn_implementation: "eager", "sdpa", "fused" or "auto".
-            dtype: "fp32", "bf16", "fp16", a torch.dtype, or "auto". Vectors are compared with
-                vectors that another machine may have made, so fp32 is the default.
+            dtype: "fp32", "bf16", "fp16", "int8", a torch.dtype, or "auto". Vectors are compared
+                with vectors that another machine may have made, so fp32 is the default.
             device: None takes a GPU if there is one.
             max_length: as above; None: 256, as for MiniLM in sentence-transformers, or the
                 positions of a model that has fewer.
             prepack: as for ``Tagger.from_pretrained``.
 
         Raises:
-            MinibertError: a file is missing or damaged, or a weight is too large for the dtype.
+            MinibertError: a file is missing or damaged, a weight is too large for the dtype, or
+                int8 cannot run here.
             ValueError: ``max_length`` is out of range.
         """
         directory = hub.locate_model(name_or_dir)

@@ -125,7 +125,7 @@ class Tagger:
             attn_implementation: "eager", "sdpa", "fused" or "auto".
             dtype: "fp32", "bf16", "fp16", a torch.dtype, or "auto": the fastest that the hardware
                 has. On a CPU with AVX2 alone, "auto" with ``prepack`` is fp32 with weights rounded
-                to fp16.
+                to fp16. "int8", on a CPU only: fp32 with the products of the encoder in int8.
             device: None takes a GPU if there is one.
             batch_tokens, pack, well_formed: as above.
             prepack: lay the weights out once for inference: on a CPU in the order in which its
@@ -134,8 +134,8 @@ class Tagger:
                 False.
 
         Raises:
-            MinibertError: a file is missing or damaged, it holds no trained classifier, or a weight
-                is too large for the dtype.
+            MinibertError: a file is missing or damaged, it holds no trained classifier, a weight is
+                too large for the dtype, or int8 cannot run here.
         """
         directory = hub.locate_model(directory)
         model, tokenizer = open_model(
@@ -317,11 +317,21 @@ def open_model(
         attn_implementation, dtype, device, prepack: see ``Tagger.from_pretrained``.
 
     Raises:
-        MinibertError: a file is missing or damaged, a parameter is missing, or a weight is too
-            large for the dtype.
+        MinibertError: a file is missing or damaged, a parameter is missing, a weight is too large
+            for the dtype, or int8 cannot run.
     """
     where = choose_device(device)
-    chosen = choose_dtype(dtype, where).value
+    chosen = choose_dtype("fp32" if dtype == "int8" else dtype, where).value
+    if dtype == "int8":
+        found = prepacked.choose_int8(where)
+        if not found.value:
+            raise MinibertError(f"dtype int8: {found.reason}: use --dtype auto")
+        if not prepack:
+            raise MinibertError(
+                "dtype int8: only prepacked layers have it: leave out --plain or prepack=False"
+            )
+    else:
+        found = prepacked.choose(where, chosen, may_round=dtype == "auto")
     model = kind.from_pretrained(
         directory, attn_implementation=attn_implementation, dtype=chosen, device=where
     )
@@ -332,10 +342,9 @@ def open_model(
             "train it first with train.py"
         )
     tokenizer.check_fits(model.config.vocab_size)
-    linear = prepacked.choose(where, chosen, may_round=dtype == "auto").value
-    if prepack and linear:
+    if prepack and found.value:
         try:
-            prepacked.prepack(model, linear)
+            prepacked.prepack(model, found.value)
         except ValueError as error:
             raise MinibertError(f"{directory}: {error}: use it with --dtype fp32") from None
     return model, tokenizer

@@ -1,0 +1,183 @@
+"""Products in int8 are exact in integers, and int8 runs only where it is requested."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from builders import small_checkpoint
+from torch import Tensor
+
+from minibert import Embedder, Tagger
+from minibert.files import MinibertError
+from minibert.speed import prepacked
+from minibert.speed.prepacked import ByteLinear, choose_int8
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not choose_int8(CPU).value, reason=choose_int8(CPU).reason)
+
+MOST = 127  # of the integers
+
+
+def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    bias_O = torch.zeros(len(weight_OI)) if bias_O is None else bias_O
+    with torch.inference_mode():
+        return ByteLinear(weight_OI, bias_O)(x_NI)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer", "low"),
+    [(1, 1, 1, 0), (2, 5, 3, -64), (13, 36, 50, -127), (7, 384, 1153, -64), (250, 3072, 96, 0)],
+)
+def test_products_are_those_of_int64(rows: int, inner: int, outer: int, low: int) -> None:
+    """The integers fill their range, so that scales are powers of two and x and W are not rounded.
+
+    With ``low`` 0, only the conversion of the sum to float32 is.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(low, low + MOST + 1, (rows, inner), generator=draw)
+    x[:, 0], x[:, -1] = low, low + MOST
+    weight = torch.randint(-MOST, MOST + 1, (outer, inner), generator=draw)
+    weight[:, -1] = MOST
+    scale_N1 = 2.0 ** torch.randint(-20, 20, (rows, 1), generator=draw)
+    scale_O1 = 2.0 ** torch.randint(-20, 20, (outer, 1), generator=draw)
+    if inner == 1:  # a constant row
+        x[:] = 0
+    got = product(x * scale_N1, weight * scale_O1)
+    assert torch.equal(got, (x @ weight.T).float() * scale_N1 * scale_O1.T)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nothing_saturates_at_the_limits(sign: int) -> None:
+    """AVX2 adds two products in 16 bits. One of x's integers is 0, or there would be no range."""
+    x = torch.full((13, 3072), MOST)
+    x[:, 5] = 0
+    weight = torch.full((96, 3072), sign * MOST)
+    assert torch.equal(product(x.float(), weight.float()), (x @ weight.T).float())
+    mixed = weight * torch.tensor([1, 1, -1, -1]).repeat(768)
+    assert torch.equal(product(x.float(), mixed.float()), (x @ mixed.T).float())
+
+
+def test_rounding_is_at_most_half_a_step() -> None:
+    """The bound adds up what rounding x and W may change in every term."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(50, 384), torch.randn(96, 384) / 20, torch.randn(96)
+    exact = x.double() @ weight.double().T + bias
+    step_N1 = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).double() / MOST
+    step_O1 = weight.abs().amax(1, keepdim=True).double() / MOST
+    rounded_x = x.abs().double() + step_N1 / 2
+    bound = step_N1 / 2 @ weight.abs().double().sum(1, keepdim=True).T
+    bound += rounded_x.sum(1, keepdim=True) @ step_O1.T / 2
+    assert bool(((product(x, weight, bias) - exact).abs() <= bound + 1e-4).all())
+
+
+def test_a_row_keeps_its_values_to_itself() -> None:
+    """Zeros, constants, denormals, outliers and what is not finite, beside ordinary rows."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 384) / 20, torch.randn(96)
+    x = torch.randn(12, 384)
+    alone = product(x, weight, bias)
+    tiny = torch.finfo(torch.float32).smallest_normal
+    x[0] = 0
+    x[1] = 2.5
+    x[2] = tiny / 1024
+    x[3] = -(2.0**-149)
+    x[4, 7] = 1e30
+    x[5, 7] = torch.inf
+    x[6, 7] = torch.nan
+    x[7, 7] = -torch.inf
+    got = product(x, weight, bias)
+    assert torch.equal(got[8:], alone[8:])
+    assert torch.equal(got[0], bias)
+    step_O = weight.abs().amax(1) / MOST
+    assert bool(((got[1] - 2.5 * weight.sum(1) - bias).abs() <= 2.5 * 384 * step_O / 2).all())
+    assert torch.equal(got[2], bias)
+    assert torch.equal(got[3], bias)
+    assert bool(((got[4] / 1e30 - weight[:, 7]).abs() <= step_O / 2 + 1e-6).all())
+    assert not got[5:8].isfinite().any()
+
+
+def test_weights_of_zero_or_not_finite() -> None:
+    weight = torch.ones(4, 8)
+    weight[0] = 0
+    weight[1] = 2.0**-149
+    weight[2, 3] = torch.nan
+    weight[3, 3] = torch.inf
+    got = product(torch.ones(2, 8), weight, torch.ones(4))
+    assert torch.equal(got[:, :2], torch.ones(2, 2))
+    assert not got[:, 2:].isfinite().any()
+
+
+def test_an_empty_batch() -> None:
+    assert product(torch.empty(0, 36), torch.randn(50, 36)).shape == (0, 50)
+
+
+def test_a_copy_has_the_same_bits() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(13, 36)
+    for _ in range(50):
+        layer = ByteLinear(torch.randn(50, 36) * torch.rand(50, 1), torch.randn(50))
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin(x), layer(x))
+
+
+def test_packing_leaves_the_engine_as_it_is() -> None:
+    before = torch.backends.quantized.engine
+    ByteLinear(torch.randn(3, 2), torch.zeros(3))
+    assert torch.backends.quantized.engine == before
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def test_int8_is_an_option(directory: Path, command: Callable) -> None:
+    def kind(dtype: str) -> type:
+        return type(
+            Tagger.from_pretrained(directory, dtype=dtype, device="cpu").model.bert.layers[0].qkv
+        )
+
+    assert kind("int8") is ByteLinear
+    assert kind("auto") is not ByteLinear
+    assert (
+        len(Embedder.from_pretrained(directory, dtype="int8", device="cpu", max_length=16)("jaws"))
+        == 36
+    )
+    for name in ("tag", "embed"):
+        options = ["--max-length", "16"] if name == "embed" else []
+        status, out, error = command(
+            name, directory, "jaws", "--dtype", "int8", "--device", "cpu", *options
+        )
+        assert (status, error) == (0, "")
+        assert out
+
+
+def test_where_int8_cannot_run(
+    directory: Path, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, error = command(
+        "tag", directory, "jaws", "--dtype", "int8", "--device", "cpu", "--plain"
+    )
+    assert status == 2
+    assert error == (
+        "minibert: dtype int8: only prepacked layers have it: leave out --plain or prepack=False\n"
+    )
+    assert choose_int8(torch.device("cuda")).reason == "int8 runs on a CPU, not on cuda"
+    monkeypatch.setattr(prepacked, "BYTE", ("quantized::gone",))
+    with pytest.raises(MinibertError) as refused:
+        Tagger.from_pretrained(directory, dtype="int8", device="cpu")
+    assert str(refused.value) == (
+        f"dtype int8: torch {torch.__version__} has no quantized::gone: use --dtype auto"
+    )
+
+
+def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    tagger = Tagger.from_pretrained(small_checkpoint(tmp_path), dtype="int8", device="cpu")
+    tagger.model.bert.embeddings.word.weight.data.fill_(torch.nan)
+    with pytest.raises(MinibertError, match="scores are not finite"):
+        tagger("jaws")
