@@ -177,6 +177,13 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         help="an I- tag that continues no entity: stop, or read it as B- (default: refuse)",
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument(
+        "--compare",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        metavar="DTYPE",
+        help="label the file in this dtype too, and count the labels that differ from those of "
+        "--dtype, which is then fp32 by default",
+    )
     _running(evaluate)
     _labelling(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -417,8 +424,8 @@ def _system(options: argparse.Namespace):
     of_bert = (options.attn, options.dtype, options.layout, options.each_word, options.plain)
     if of_bert != ("auto", "auto", "packed", False, False):
         raise MinibertError(
-            f"{options.directory}: is a {kind}, not a BERT: leave out --attn, --dtype, --layout, "
-            "--each-word and --plain"
+            f"{options.directory}: is a {kind}, not a BERT: leave out --attn, --dtype, --compare, "
+            "--layout, --each-word and --plain"
         )
     return OnTexts(baseline(kind).from_pretrained(options.directory).to(options.device or "cpu"))
 
@@ -717,12 +724,21 @@ def _bare(text: str) -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from minibert.tagging.evaluate import evaluate
+    from minibert.tagging.evaluate import difference, evaluate
     from minibert.text.bio import read_bio
 
     sentences = read_bio(options.file, options.orphans, _note)
+    if options.compare and options.dtype == "auto":
+        options.dtype = "fp32"
     report = evaluate(_system(options), sentences, options.file)
-    _show(json.dumps(report.to_dict(), indent=2) if options.json else visible(report.table()))
+    table, found = report.table(), report.to_dict()
+    if options.compare:
+        reference, options.dtype = options.dtype, options.compare
+        other = evaluate(_tagger(options), sentences, options.file)
+        compared = difference(reference, report, options.compare, other)
+        table += f"\n\n{compared}"
+        found["compare"] = vars(compared)
+    _show(json.dumps(found, indent=2) if options.json else visible(table))
     return 0
 
 

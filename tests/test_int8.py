@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from builders import small_checkpoint
+from builders import small_checkpoint, write_bio
 from torch import Tensor
 
-from minibert import Embedder, Tagger
+from minibert import Embedder, Label, Tagger, evaluate
 from minibert.files import MinibertError
 from minibert.speed import prepacked
 from minibert.speed.prepacked import ByteLinear, choose_int8
+from minibert.tagging.evaluate import difference
+from minibert.text.bio import Sentence
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not choose_int8(CPU).value, reason=choose_int8(CPU).reason)
@@ -181,3 +184,42 @@ def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tagger.model.bert.embeddings.word.weight.data.fill_(torch.nan)
     with pytest.raises(MinibertError, match="scores are not finite"):
         tagger("jaws")
+
+
+def test_evaluate_compares_two_dtypes(directory: Path, tmp_path: Path, command: Callable) -> None:
+    words = [("who", "directed", "jaws"), ("jaws",), ("a", "film", "by", "me")] * 5
+    labels = list(Tagger.from_pretrained(directory, dtype="fp32", device="cpu").label(words))
+    tags = [tuple(label.name for label in found) for found in labels]
+    path = write_bio(tmp_path / "test.bio", list(map(Sentence, words, tags)))
+    options = ("--device", "cpu", "--compare", "int8")
+    status, out, error = command("evaluate", directory, path, *options)
+    assert (status, error) == (0, "")
+    assert "int8 against fp32: " in out.splitlines()[-1]
+    found = json.loads(command("evaluate", directory, path, *options, "--json")[1])
+    compared = found["compare"]
+    right = sum(row[true] for true, row in found["confusion"].items())
+    assert (compared["reference"], compared["compared"]) == ("fp32", "int8")
+    assert compared["words"] == right == 40
+    assert compared["entity_f1_reference"] == found["entity_f1"] == 1.0
+    itself = command("evaluate", directory, path, *options, "--dtype", "int8", "--json")[1]
+    assert json.loads(itself)["compare"]["different"] == 0
+
+
+def test_differing_labels_are_counted() -> None:
+    sentences = [Sentence(("a", "b"), ("B-X", "O")), Sentence(("c",), ("O",))]
+
+    class Fixed:
+        labels = ("O", "B-X", "I-X")
+
+        def __init__(self, names: list[list[str]]):
+            self.names = names
+
+        def label(self, sentences: object) -> Iterator[list[Label]]:
+            return iter([[Label(name, 1.0) for name in sentence] for sentence in self.names])
+
+    first = evaluate(Fixed([["B-X", "O"], ["O"]]), sentences, "file")
+    second = evaluate(Fixed([["O", "O"], ["B-X"]]), sentences, "file")
+    found = difference("fp32", first, "int8", second)
+    assert str(found) == (
+        "int8 against fp32: 2 of 3 labels differ (66.67%), entity F1 0.00% against 100.00%"
+    )

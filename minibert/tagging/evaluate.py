@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from minibert.tagging.stream import progress
@@ -24,6 +25,7 @@ class Report:
     entity: EntityScores
     entity_strict: EntityScores
     unknown: str = ""  # see ``unknown_tags``
+    predicted: Sequence[Sequence[str]] = ()  # the labels given
 
     def to_dict(self) -> dict:
         """For JSON; all scores in [0, 1]."""
@@ -139,4 +141,33 @@ def evaluate(tagger: WordTagger, sentences: Sequence[Sentence], source: Path | s
         entity_scores(true, predicted),
         entity_scores(true, predicted, strict=True),
         unknown,
+        predicted,
     )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the labels of one number format are from those of another on one file."""
+
+    reference: str
+    compared: str
+    words: int
+    different: int
+    entity_f1_reference: float
+    entity_f1_compared: float
+
+    def __str__(self) -> str:
+        share = self.different / self.words if self.words else 0.0
+        return (
+            f"{self.compared} against {self.reference}: {self.different} of {self.words} labels "
+            f"differ ({share:.2%}), entity F1 {self.entity_f1_compared:.2%} against "
+            f"{self.entity_f1_reference:.2%}"
+        )
+
+
+def difference(reference: str, first: Report, compared: str, second: Report) -> Difference:
+    """Of two reports on the same sentences; ``reference`` and ``compared`` name their formats."""
+    labels = [list(chain(*report.predicted)) for report in (first, second)]
+    different = sum(a != b for a, b in zip(*labels, strict=True))
+    f1s = [report.entity.micro.f1 for report in (first, second)]
+    return Difference(reference, compared, len(labels[0]), different, *f1s)
