@@ -16,7 +16,15 @@ import torch
 from builders import small_checkpoint
 
 from minibert import BertForTokenClassification, Embedder, Tagger
+from minibert.speed.prepacked import choose_int8
 
+INT8 = pytest.param(
+    "int8",
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(not choose_int8(torch.device("cpu")).value, reason="int8 cannot run"),
+    ],
+)
 TEXTS = ["who directed jaws", "", "a movie with mel gibson ?", "who " * 40]
 
 
@@ -26,12 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_checkpoint(made, words=fuzz.WORDS, max_position_embeddings=32, noise=0.4)
 
 
-@pytest.fixture(params=["auto", "fp32", "plain"])
+@pytest.fixture(params=["auto", "fp32", "int8", "plain"])
 def tagger(request: pytest.FixtureRequest, folder: Path) -> Tagger:
+    if request.param == "int8" and not choose_int8(torch.device("cpu")).value:
+        pytest.skip("int8 cannot run here")
     plain = request.param == "plain"
-    return Tagger.from_pretrained(
-        folder, dtype="fp32" if plain else request.param, prepack=not plain
-    )
+    dtype = "fp32" if plain else request.param
+    device = "cpu" if dtype == "int8" else None
+    return Tagger.from_pretrained(folder, dtype=dtype, device=device, prepack=not plain)
 
 
 def test_a_tagger_can_be_copied_and_pickled(tagger: Tagger) -> None:
@@ -123,7 +133,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.get_num_threads(
 """
 
 
-@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+@pytest.mark.parametrize("dtype", ["auto", "fp32", INT8])
 def test_a_fork_after_use_tags(folder: Path, dtype: str) -> None:
     """OpenMP's second thread is not in the child."""
     environment = os.environ | fuzz.ENVIRONMENT | {"OMP_NUM_THREADS": "2"}
