@@ -135,11 +135,13 @@ class Workload:
         return self._theirs[dtype]
 
     def tagger(self, kind: str) -> Tagger:
-        """A Tagger in "fp32", "bf16" or "fp16w", prepacked where it can be."""
+        """A Tagger in "fp32", "bf16", "fp16w" or "int8", prepacked where it can be."""
         if kind not in self._taggers:
-            dtype = DTYPES["fp32" if kind == "fp16w" else kind]
+            dtype = DTYPES["fp32" if kind in ("fp16w", "int8") else kind]
             model = copy.deepcopy(self.ours).to(dtype)
             linear = prepacked.choose(CPU, dtype, may_round=kind == "fp16w").value
+            if kind == "int8":
+                linear = prepacked.choose_int8(CPU).value
             if linear:
                 prepacked.prepack(model, linear)
             self._taggers[kind] = Tagger(model, self.tokenizer)
@@ -209,6 +211,8 @@ def like(ours: BertForTokenClassification) -> nn.Module:
 
 def runs_here(name: str) -> bool:
     """Whether this CPU has instructions for the number format of a contender."""
+    if "int8" in name and name.startswith(("minibert", "ceiling")):
+        return prepacked.choose_int8(CPU).value is not None
     return not ("bf16" in name and NATIVE != "bf16") and not ("fp16w" in name and not HALF_WEIGHTS)
 
 
