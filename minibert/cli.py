@@ -499,6 +499,10 @@ def _input(options: argparse.Namespace) -> Iterator[tuple[Team, Iterator[list[Li
 def _tag(options: argparse.Namespace) -> int:
     from minibert.tagging.lines import process_lines
 
+    if not 0 <= options.min_score <= 1:
+        raise MinibertError(
+            f"--min-score: {options.min_score} is no probability: give a number from 0 to 1"
+        )
     marked = partial(_marked, colour=options.output is None and _in_colour())
     show = _as_json if options.json else marked
 

@@ -250,6 +250,10 @@ def test_tag_prints_text_and_json(directory: Path, tagger: Tagger, command) -> N
     least = ("--json", "--dtype", "fp32", "--min-score", scores[1])
     _, out, _ = command("tag", directory, text, *least)
     assert sorted(e["score"] for e in json.loads(out)["entities"]) == scores[1:]
+    for no_score in ("1.5", "nan"):
+        status, _, error = command("tag", directory, text, "--min-score", no_score)
+        assert status == 2
+        assert f"--min-score: {no_score} is no probability" in error
 
 
 @pytest.mark.parametrize(
