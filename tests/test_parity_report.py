@@ -173,6 +173,10 @@ def test_a_planted_mistake_is_found_where_it_is(mistake: str, tiny: Path, monkey
         report = table(c)
         assert f"first broken: {name} ({OPERATIONS[c.first_broken.operation]}), first at" in report
         assert "BROKEN" in report
+        for shown in (report, table(c, full=True)):
+            rows = [line for line in shown.splitlines() if not line.startswith("  first ")]
+            assert max(map(len, rows)) <= 80
+            assert any(line.startswith("> ") for line in rows)
 
 
 def test_swapped_embedding_sums_are_found(tiny: Path, monkeypatch) -> None:

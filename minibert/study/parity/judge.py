@@ -239,6 +239,8 @@ COLUMNS = {
     "float64": "error of {who} relative to {who} itself in float64",
     "÷ bound": "error as a fraction of the permitted one; above 1 breaks a bounded promise",
 }
+WIDTHS = dict(zip(COLUMNS, (7, 10, 7, 9, 7, 7)))  # of the columns of ``table``, in characters
+NAME = 25  # the same of the names: an operation and a layer
 VANISHES = (
     "zero, or nearly, in exact arithmetic, such as the gradient of the key's bias, which the "
     "softmax cancels: both sides hold rounding alone, so ULPs and relative errors mean nothing. "
@@ -249,25 +251,30 @@ VANISHES = (
 def table(comparison: Comparison, full: bool = False) -> str:
     """A comparison as text: the worst tensor of every operation, or with ``full`` every tensor.
 
-    ``legend`` explains the columns.
+    Rows have at most 80 columns: a long name stands above its numbers.
+    ``>`` marks a broken promise; ``legend`` explains the columns.
     """
     c = comparison
-    head = " ".join(f"{name:>9}" for name in COLUMNS)
+    head = " ".join(f"{name:>{width}}" for name, width in WIDTHS.items())
     lines = [
         f"{c.title}: {c.promise}: {'kept' if c.kept else 'BROKEN'}",
-        f"  {'':54} {head}",
+        f"  {'':{NAME}} {head}",
     ]
     for row in c.rows if full else _worst(c.rows):
-        name = row.name if full else f"{row.operation:17} {_short(row)}"
+        name = row.name if full else f"{row.operation:16} {_short(row)}"
         numbers = [
             format(row.max_abs, ".1e"),
             "*" if row.vanishes and not row.equal else "inf" if row.ulps < 0 else str(row.ulps),
             *("*" if row.vanishes else _number(x) for x in (row.error, row.reference_error)),
             "*" if row.vanishes else _number(row.own_error),
-            "-" if row.ratio is None else format(row.ratio, ".2f"),
+            "-" if row.ratio is None else format(row.ratio, ".2f" if row.ratio < 1000 else ".1e"),
         ]
-        mark = "" if row.kept else "  <-"
-        lines.append(f"  {name:54} " + " ".join(f"{x:>9}" for x in numbers) + mark)
+        mark = "  " if row.kept else "> "
+        if len(name) > NAME:
+            lines.append(f"{mark}{name}")
+            mark, name = "  ", ""
+        cells = (f"{x:>{width}}" for x, width in zip(numbers, WIDTHS.values()))
+        lines.append(f"{mark}{name:{NAME}} " + " ".join(cells))
     if c.first_difference is None:
         lines.append("  no difference from transformers")
     else:
@@ -287,7 +294,7 @@ def legend(comparisons: Sequence[Comparison]) -> str:
     lines = [f"  {name:>9}  {what.format(who=who)}" for name, what in COLUMNS.items()]
     if any(row.vanishes for c in comparisons for row in c.rows):
         lines.append(f"  {'*':>9}  {VANISHES.format(who=who)}")
-    return "\n".join(fill(line, 100, subsequent_indent=" " * 13) for line in lines)
+    return "\n".join(fill(line, 80, subsequent_indent=" " * 13) for line in lines)
 
 
 def _worst(rows: list[Row]) -> list[Row]:
