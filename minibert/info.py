@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,17 +27,29 @@ if TYPE_CHECKING:
     from minibert.tagging.tagger import Tagger
 
 HEAD_SIZE, HIDDEN_SIZE = 64, 768  # K and D of BERT-base
+NAME = 13  # characters of a line's name, with the blanks after it
 WORKS = "works, equal to float64 within rounding"
 
 
 def describe() -> str:
-    """The page that ``minibert info`` prints."""
+    """The page that ``minibert info`` prints, 80 columns wide."""
+    rest = " " * NAME
+    lines = (fill(line, 80, subsequent_indent=rest, break_long_words=False) for line in _lines())
+    return "\n".join(lines)
+
+
+def facts() -> dict[str, str]:
+    """The same by name, for programs: ``{"minibert": ..., "auto_dtype": ...}``."""
+    return {line[:NAME].strip().replace(" ", "_"): line[NAME:] for line in _lines()}
+
+
+def _lines() -> list[str]:
     names = ("torch", "numpy", "tokenizers", "safetensors")
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     device = choose_device()
     dtype = choose_dtype("auto", device)
     choice = fused.choose("auto", device, dtype.value, HEAD_SIZE)
-    lines = [
+    return [
         f"minibert     {__version__}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"packages     {packages}",
@@ -55,13 +68,6 @@ def describe() -> str:
         f"product      {_product(device, dtype.value)}",
         *(f"{name:12} {found}" for name, found in _kernels(device)),
     ]
-    return "\n".join(lines)
-
-
-def facts() -> dict[str, str]:
-    """The same by name, for programs: ``{"minibert": ..., "auto_dtype": ...}``."""
-    lines = describe().splitlines()
-    return {line[:13].strip().replace(" ", "_"): line[13:] for line in lines}
 
 
 def running(tagger: Tagger) -> str:

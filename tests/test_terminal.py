@@ -85,14 +85,17 @@ def test_close_names_are_suggested(arguments: tuple, message: str, capsys) -> No
     assert message in capsys.readouterr().err
 
 
-def test_info_as_json(command: Callable) -> None:
+def test_info_as_json_and_in_80_columns(command: Callable, monkeypatch) -> None:
+    monkeypatch.setenv("MINIBERT_HOME", "/home")
     status, out, _ = command("info", "--json")
     assert status == 0
     facts = json.loads(out)
     assert {"minibert", "packages", "auto_dtype", "fused_fp32"} <= set(facts)
     text = command("info")[1]
     measured = {name for name, value in facts.items() if "/s" in value}  # in both calls
-    assert all(value in text for name, value in facts.items() if name not in measured)
+    joined = " ".join(text.split())
+    assert all(value in joined for name, value in facts.items() if name not in measured)
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_what_takes_long_shows_progress_on_a_terminal_only(monkeypatch, capsys) -> None:
