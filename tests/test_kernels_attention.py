@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import emulator
@@ -102,6 +103,22 @@ def test_edge_lengths(
 def test_the_length_selects_the_kernels() -> None:
     assert run([attention.SHORT], heads=1).kernels[0] == "forward_short"
     assert run([attention.SHORT + 1], heads=1).kernels[0] == "forward_long"
+
+
+@pytest.mark.parametrize("short", [64, 512])
+def test_a_sentence_gets_the_same_bits_in_every_batch(
+    short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one kernel, without dropout; two kernels sum in two orders."""
+    monkeypatch.setattr(attention, "SHORT", short)
+    lengths = [33, 70, 5, 16]
+    case = run(lengths, heads=1)
+    starts = case.rest[0].tolist()
+    for first, stop in pairwise(starts):
+        q, k, v = case.qkv_N3HK[first:stop].unbind(1)
+        alone = torch.tensor([0, stop - first], dtype=torch.int32)
+        context_NHK, _ = attention.forward(q, k, v, alone, case.rest[1], max(lengths), 0.0)
+        assert torch.equal(context_NHK, case.context_NHK[first:stop])
 
 
 @pytest.mark.parametrize("size", [0.01, 5.0, 30.0])
