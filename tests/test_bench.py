@@ -188,6 +188,8 @@ def test_the_summary_takes_the_fastest_peer_of_each_format() -> None:
     assert "| inference: fastest fp32 peer | 3.00× (OpenVINO) |  |" in summary
     assert "| inference: fastest int8 peer | 0.80× (onnxruntime) | 0.50× (onnxruntime) |" in summary
     assert "| start-up: transformers | 2.50× |  |" in summary
+    result["parts"]["inference"] = inference | {"minibert int8, packed": row(0.2, tokens=100)}
+    assert "| inference: fastest int8 peer | 2.00× (onnxruntime) |" in report.summary({"a": result})
     assert "| peak memory, tagging | 80 MB (transformers 100 MB) |  |" in summary
     assert "bf16 peer" not in summary, "no row without a figure"
 
