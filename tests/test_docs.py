@@ -29,6 +29,7 @@ ARXIV = re.compile(r"arXiv[: ](\S+?)[),.;]*(?=\s|$)")
 def demo_run(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory with the run of `make demo`, untrained."""
     minilm_checkpoint(minilm, tmp_path / "runs" / "demo" / "best", ("O", "B-TITLE", "I-TITLE"))
+    (tmp_path / "runs" / "demo" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     monkeypatch.chdir(tmp_path)
 
 
