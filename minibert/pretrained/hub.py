@@ -220,9 +220,13 @@ def _in_cache(source: Source) -> Path | None:
 @contextmanager
 def _hub_faults(what: str, remedy: str) -> Iterator[None]:
     """Turn an error of huggingface_hub, always an OSError or ValueError, into one line."""
+    from huggingface_hub import constants
+
     try:
         yield
     except (OSError, ValueError) as error:
+        if constants.HF_HUB_OFFLINE:
+            remedy = f"unset HF_HUB_OFFLINE, {remedy}"
         why = " ".join(str(error).split())[:300]
         raise MinibertError(
             f"{what} it cannot be had from the Hugging Face hub ({why}): {remedy}"
