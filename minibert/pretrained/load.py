@@ -209,7 +209,7 @@ def fill(
             raise MinibertError(
                 f"{stored.path}: {theirs} has shape {stored.shape}, but the labels ask for "
                 f"{wanted}: the model was trained with {stored.shape[0]} labels: give those "
-                f"{stored.shape[0]}"
+                f"{stored.shape[0]}, or start from a model without a classifier"
             )
         if stored.shape != wanted:
             raise MinibertError(
