@@ -110,7 +110,7 @@ def train_transformers(output: Path, train_file: Path, recipe: Recipe, seed: int
 
     words = [sentence.words for sentence in sentences]
     ids = bio.label_ids(sentences, labels, train_file)
-    examples = examples_of(words, tokenizer, model.config.max_length, ids)
+    examples = examples_of(words, tokenizer, model.config.max_position_embeddings, ids)
     groups: dict[float, list[torch.nn.Parameter]] = {recipe.weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         spared = name.endswith("bias") or "LayerNorm" in name
