@@ -90,6 +90,7 @@ def test_two_processes_have_the_curve_and_the_scores_of_one(
     assert other == "", "only the writer prints"
 
 
+@pytest.mark.slow
 def test_three_processes_are_killed_and_go_on_to_the_same_bits(files: Path, tmp_path: Path) -> None:
     """Three, because a sum of two numbers does not depend on their order."""
     finish(3, files, tmp_path / "whole")
