@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from textwrap import fill
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +34,9 @@ WORKS = "works, equal to float64 within rounding"
 def describe() -> str:
     """The page that ``minibert info`` prints, 80 columns wide."""
     rest = " " * NAME
-    lines = (fill(line, 80, subsequent_indent=rest, break_long_words=False) for line in _lines())
-    return "\n".join(lines)
+    # Names stay whole, so that they can be searched for.
+    page = TextWrapper(80, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(page.fill, _lines()))
 
 
 def facts() -> dict[str, str]:
