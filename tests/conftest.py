@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from minibert import cli
 from minibert.files import MinibertError, home
 from minibert.pretrained import hub
 
+# A shell's background job ignores Ctrl-C, and what it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 # The same examples in every run, and no time limit: the machine may be busy.
 hypothesis.settings.register_profile("minibert", deadline=None, derandomize=True)
