@@ -110,7 +110,7 @@ def memory_faults() -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> MinibertError | None:
-    """The error to raise if this one says that memory or threads are short, whoever says it."""
+    """The error to raise in place of one that says that memory or threads are short; or None."""
     said = str(error)
     # torch: "can't allocate memory", "out of memory"; the loader: "failed to map segment";
     # safetensors: "Cannot allocate memory".

@@ -35,6 +35,7 @@ from minibert.speed.prepacked import JoinedLinear, prepack
 from minibert.text import demo
 from minibert.text.batches import Batch, Example, packed
 from minibert.training import step
+from minibert.training.pretrain import HiddenWordsModel
 
 own_kernels = test_kernels_ops.own_kernels
 LABELS = ("O", "B-A", "I-A")
@@ -217,11 +218,28 @@ def test_few_sizes() -> None:
 )
 def test_what_is_missing_is_named(given: tuple, named: str) -> None:
     device, attention, *rest = given
-    model = SimpleNamespace(device=torch.device(device), attn_implementation=attention)
+    head = small_bert().head
+    model = SimpleNamespace(device=torch.device(device), attn_implementation=attention, head=head)
     with pytest.raises(MinibertError, match=f"^--graphs needs {named}: "):
         cuda_graphs.choose(True, model, *rest)
     assert cuda_graphs.choose(None, model, *rest) == Chosen(False, f"they need {named}")
     assert cuda_graphs.choose(False, model, *rest) == Chosen(False, "as requested")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "name"),
+    [
+        (BertForTokenClassification, {"head": "crf"}, "CRFHead"),
+        (HiddenWordsModel, {}, "MaskedLMHead"),
+    ],
+)
+def test_losses_whose_shapes_depend_on_labels_are_not_captured(
+    kind: type, changes: dict, name: str
+) -> None:
+    head = small_bert(kind, **changes).head
+    model = SimpleNamespace(device=torch.device("cuda"), attn_implementation="fused", head=head)
+    chosen = cuda_graphs.choose(None, model, "packed", 1, 1)
+    assert chosen == Chosen(False, f"they need a linear head, not {name}")
 
 
 def test_graphs_are_taken_where_a_trial_captures_one(monkeypatch: pytest.MonkeyPatch) -> None:

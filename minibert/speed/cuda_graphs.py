@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minibert.files import MinibertError
 from minibert.machine import Chosen
-from minibert.model.heads import BertWithHead
+from minibert.model.heads import BertWithHead, TokenClassificationHead
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
 from minibert.speed.prepacked import PrepackedLayer
@@ -75,10 +75,12 @@ def choose(
     """
     if requested is False:
         return Chosen(False, "as requested")
-    device, attention = model.device, model.attn_implementation
+    device, attention, head = model.device, model.attn_implementation, type(model.head)
     needs = {
         f"a CUDA device, not {device}": device.type == "cuda",
         f"fused attention, not {attention}": attention == "fused",
+        # The losses of the others have shapes that depend on the labels.
+        f"a linear head, not {head.__name__}": head is TokenClassificationHead,
         f"--layout packed, not {layout}": layout == "packed",
         f"--accumulate 1, not {accumulate}": accumulate == 1,
         f"one process, not {processes}": processes == 1,
@@ -202,7 +204,7 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __reduce__(self) -> tuple:
-        """A copy has a pool of its own."""
+        """Copy and pickle without the pool, which belongs to this process."""
         return type(self), (self.device,)
 
     def __call__(self, passes: Callable[[], T], /) -> Recording[T]:
