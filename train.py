@@ -28,9 +28,12 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import TypeVar
 
+from minibert.files import MinibertError, memory_faults, stop_if_memory_is_short
+
+stop_if_memory_is_short("train.py")  # importing torch would abort the process
+
 import torch
 
-from minibert.files import MinibertError, memory_faults
 from minibert.machine import choose_dtype, name_of
 from minibert.model.heads import BertForTokenClassification
 from minibert.pretrained import hub

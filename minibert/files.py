@@ -9,6 +9,7 @@ import re
 import resource
 import secrets
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -137,6 +138,19 @@ def check_memory_limit() -> None:
             f"the limit on memory is {limit // 10**6} MB (ulimit -v): importing torch needs "
             f"{LEAST_MEMORY // 10**6}, a model more: raise it"
         )
+
+
+def stop_if_memory_is_short(program: str) -> None:
+    """``check_memory_limit`` for a program that imports torch at its top: print the error and exit.
+
+    Args:
+        program: its name in the error.
+    """
+    try:
+        check_memory_limit()
+    except MinibertError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def home() -> Path:

@@ -342,6 +342,20 @@ def test_little_memory_is_one_line(folder: Path, mib: int) -> None:
     assert re.fullmatch(said, ran.stderr), ran.stderr
 
 
+def test_train_py_says_that_memory_is_short_before_it_imports_torch() -> None:
+    script = 'ulimit -v 300000; exec "$0" train.py --help'
+    ran = subprocess.run(
+        ["sh", "-c", script, sys.executable],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout) == (2, ""), ran.stderr
+    said = r"train\.py: the limit on memory is 307 MB \(ulimit -v\): [^\n]*\n"
+    assert re.fullmatch(said, ran.stderr), ran.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
