@@ -610,7 +610,7 @@ def enqueue(work: Launch) -> None:
     kernel = parse(ptx, work.kernel)
     if work.threads != kernel.threads:
         raise PtxError(f"{work.kernel} is compiled for {kernel.threads} threads")
-    packed = launch.pack(work.parameters)
+    packed = launch.pack(work)
     parameters = {
         name: _parameter(kind, value)
         for (name, kind), value in zip(kernel.parameters.items(), packed, strict=True)

@@ -177,7 +177,7 @@ def test_parameters_are_those_of_the_sources() -> None:
             pattern = r"#define PROBLEM_PARAMETERS\s*\\\s*\((.*?)\)\n"
         declared = re.search(pattern, source, re.S)
         assert declared, one.kernel
-        packed = launch.pack(one.parameters)
+        packed = launch.pack(one)
         for text, name, value in zip(
             declared[1].replace("\\", " ").split(","), one.parameters, packed, strict=True
         ):

@@ -56,7 +56,7 @@ def test_what_reaches_the_driver_computes_the_right_numbers(
 
 
 def one_launch(x: torch.Tensor) -> None:
-    launch.enqueue(launch.Launch("any.cu", "one", {}, (3, 2), 32, {"x": x, "n": 5}))
+    launch.enqueue(launch.Launch("any.cu", "one", {}, (3, 2), 32, {"x": x}, {"n": 5}))
 
 
 def test_a_launch_goes_to_the_device_of_its_tensors_and_back() -> None:

@@ -79,8 +79,8 @@ def machine() -> Emulator:
 def small(name: str, threads: int, **more: int) -> Launch:
     # Far apart in one allocation, so that a step out of one tensor is not a step into the other.
     memory = torch.zeros(1024)
-    parameters = {"in": memory[256:320], "out": memory[640:704], **more}
-    return Launch("", name, {}, (1, 1), threads, parameters)
+    tensors = {"in": memory[256:320], "out": memory[640:704]}
+    return Launch("", name, {}, (1, 1), threads, tensors, more)
 
 
 @pytest.mark.parametrize("name", KERNELS)

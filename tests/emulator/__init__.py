@@ -150,7 +150,7 @@ class Emulator:
             EmulationError: a forbidden access, a race, a deadlock, or an incomplete output.
         """
         self.watch(work, outputs)
-        self.start(work.kernel, work.grid, work.threads, launch.pack(work.parameters), order)
+        self.start(work.kernel, work.grid, work.threads, launch.pack(work), order)
 
     def watch(self, work: Launch, outputs: Sequence[str] | None = None) -> None:
         """Declare the tensors that the next start may touch; fill its outputs with NaN."""

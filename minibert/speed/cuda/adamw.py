@@ -100,12 +100,14 @@ class Sweep:
         scalars = torch.cat([factor[None], corrections, applies[None]])
         self._locate(gradients)
         defines, grid = {"SEMANTICS": SEMANTICS[self.semantics]}, (self.chunks.shape[0], 1)
-        parameters: dict[str, launch.Parameter] = {
+        tensors: dict[str, Tensor | None] = {
             "tensors": self.table,
             "sizes": self.sizes,
             "rates": self.rates,
             "chunks": self.chunks,
             "scalars": scalars,
+        }
+        numbers = {
             "lr": float(lr),
             "rest1": 1 - beta1,
             "beta2": beta2,
@@ -114,7 +116,7 @@ class Sweep:
         }
         # Scalars and gradients may be freed on return: the allocator reuses their memory on this
         # stream only, after the kernel.
-        launch.enqueue(launch.Launch("adamw.cu", "adamw", defines, grid, THREADS, parameters))
+        launch.enqueue(launch.Launch("adamw.cu", "adamw", defines, grid, THREADS, tensors, numbers))
         return norm
 
     def _locate(self, gradients: Sequence[Tensor | None]) -> None:

@@ -121,7 +121,7 @@ def _enqueue(
         raise ValueError(f"{sentences} sentences of {max_length} tokens exceed a CUDA grid: split")
     dropout = launch.dropout(dropout_p)
     dq_NHK, dk_NHK, dv_NHK = grads_NHK
-    parameters: dict[str, launch.Parameter] = {
+    tensors = {
         "q": q_NHK,
         "k": k_NHK,
         "v": v_NHK,
@@ -134,6 +134,8 @@ def _enqueue(
         "dv": dv_NHK,
         "starts": launch.aligned(starts),
         "seed": seed,
+    }
+    numbers = {
         "tokens": N,
         "heads": H,
         "tiles": tiles,
@@ -148,4 +150,6 @@ def _enqueue(
     if N and sentences and tiles:
         for kernel in kernels:
             name, grid = f"{kernel}_{'short' if short else 'long'}", (sentences * tiles, H)
-            launch.enqueue(launch.Launch("attention.cu", name, defines, grid, threads, parameters))
+            launch.enqueue(
+                launch.Launch("attention.cu", name, defines, grid, threads, tensors, numbers)
+            )

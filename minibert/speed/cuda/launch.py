@@ -6,7 +6,6 @@ NVIDIA's cuda-core.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,8 +15,6 @@ import torch
 from torch import Tensor
 
 from minibert.speed.cuda import build
-
-Parameter = Tensor | int | float | None
 
 
 @dataclass(eq=False)  # tensors have no single ==
@@ -30,8 +27,10 @@ class Launch:
         defines: preprocessor macros, which select the binary.
         grid: blocks in x and y.
         threads: per block.
-        parameters: by name, in the order the kernel declares them. A tensor or None for a pointer,
-            a float for ``float``, an int below 2^31 for ``int`` and ``u32``.
+        tensors: by name, in the order the kernel declares them, first a tensor; None for a null
+            pointer.
+        numbers: what the kernel declares after them: a float for ``float``, an int below 2^31 for
+            ``int`` and ``u32``.
     """
 
     file: str
@@ -39,7 +38,13 @@ class Launch:
     defines: dict[str, int]
     grid: tuple[int, int]
     threads: int
-    parameters: dict[str, Parameter]
+    tensors: dict[str, Tensor | None]
+    numbers: dict[str, float]
+
+    @property
+    def parameters(self) -> dict[str, Tensor | float | None]:
+        """All in the kernel's order."""
+        return {**self.tensors, **self.numbers}
 
 
 def aligned(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -56,19 +61,18 @@ def aligned(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.to(dtype or x.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def pack(parameters: Mapping[str, Parameter]) -> list[Any]:
+def pack(launch: Launch) -> tuple[Any, ...]:
     """Parameters for ``cuda.core.launch``: an address as int, a number as a 4-byte numpy scalar.
 
     cuda-core takes numpy's scalars in a fifth of the time that it needs for those of ctypes.
     """
-    return [x.data_ptr() if isinstance(x, Tensor) else _number(x) for x in parameters.values()]
+    addresses = [0 if x is None else x.data_ptr() for x in launch.tensors.values()]
+    return (*addresses, *_numbers(*launch.numbers.values()))
 
 
 @lru_cache(maxsize=1024, typed=True)  # typed: 1 and 1.0 are equal
-def _number(value: float | None) -> Any:
-    if value is None:
-        return 0
-    return np.float32(value) if isinstance(value, float) else np.int32(value)
+def _numbers(*values: float) -> tuple[Any, ...]:
+    return tuple(np.float32(x) if isinstance(x, float) else np.int32(x) for x in values)
 
 
 @lru_cache
@@ -142,7 +146,9 @@ def enqueue(launch: Launch) -> None:
     Raises:
         BuildError: the kernel is not cached and cannot be compiled.
     """
-    device = next(x.device for x in launch.parameters.values() if isinstance(x, Tensor))
+    first = next(iter(launch.tensors.values()))
+    assert first is not None
+    device = first.device
     defines = tuple(launch.defines.items())
     kernel = _kernel(launch.file, launch.kernel, architecture(device), defines)
     before = torch.cuda.current_device()
@@ -154,7 +160,7 @@ def enqueue(launch: Launch) -> None:
     core.Device(here).set_current()
     try:
         config = _config(launch.grid, launch.threads)
-        core.launch(stream, config, kernel, *pack(launch.parameters))
+        core.launch(stream, config, kernel, *pack(launch))
     finally:
         if before != here:
             core.Device(before).set_current()

@@ -61,7 +61,7 @@ def forward(
     mean_N = x_ND.new_empty(N, dtype=torch.float32)
     scale_N = torch.empty_like(mean_N)
     dropout = launch.dropout(dropout_p)
-    parameters: dict[str, launch.Parameter] = {
+    tensors = {
         "x": launch.aligned(x_ND),
         "residual": residual_ND,
         "weight": launch.aligned(weight_D, residual_ND.dtype),
@@ -70,13 +70,11 @@ def forward(
         "y": y_ND,
         "mean": mean_N,
         "scale": scale_N,
-        "rows": N,
-        "eps": eps,
-        **dropout,
     }
     if N:
         defines = _defines(x_ND, residual_ND, dropout["drop_below"] > 0)
-        _enqueue("add_norm", defines, -(-N // ROWS), parameters)
+        numbers = {"rows": N, "eps": eps, **dropout}
+        _enqueue("add_norm", defines, -(-N // ROWS), tensors, numbers)
     return y_ND, mean_N, scale_N
 
 
@@ -99,7 +97,7 @@ def backward(
     new = x_ND.new_empty if N else x_ND.new_zeros
     sums_2D = new((2, D), dtype=torch.float32)
     dropout = launch.dropout(dropout_p)
-    parameters: dict[str, launch.Parameter] = {
+    tensors = {
         "dy": launch.aligned(dy_ND, residual_ND.dtype),
         "x": x_ND,
         "residual": residual_ND,
@@ -110,19 +108,13 @@ def backward(
         "dx": dx_ND,
         "dresidual": d_residual_ND,
         "partial": partial,
-        "rows": N,
-        "blocks": blocks,
-        **dropout,
     }
     if N:
         defines = _defines(x_ND, residual_ND, dropout["drop_below"] > 0)
-        _enqueue("add_norm_backward", defines, blocks, parameters)
-        adding: dict[str, launch.Parameter] = {
-            "partial": partial,
-            "sums": sums_2D,
-            "blocks": blocks,
-        }
-        _enqueue("add_norm_sums", defines, -(-2 * D // THREADS), adding)
+        numbers = {"rows": N, "blocks": blocks, **dropout}
+        _enqueue("add_norm_backward", defines, blocks, tensors, numbers)
+        adding: dict[str, Tensor | None] = {"partial": partial, "sums": sums_2D}
+        _enqueue("add_norm_sums", defines, -(-2 * D // THREADS), adding, {"blocks": blocks})
     return dx_ND, d_residual_ND, sums_2D
 
 
@@ -132,6 +124,11 @@ def _defines(x_ND: Tensor, residual_ND: Tensor, dropping: bool) -> dict[str, int
 
 
 def _enqueue(
-    kernel: str, defines: dict[str, int], blocks: int, parameters: dict[str, launch.Parameter]
+    kernel: str,
+    defines: dict[str, int],
+    blocks: int,
+    tensors: dict[str, Tensor | None],
+    numbers: dict[str, float],
 ) -> None:
-    launch.enqueue(launch.Launch("norm.cu", kernel, defines, (blocks, 1), THREADS, parameters))
+    grid = (blocks, 1)
+    launch.enqueue(launch.Launch("norm.cu", kernel, defines, grid, THREADS, tensors, numbers))
