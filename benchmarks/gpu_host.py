@@ -7,6 +7,8 @@ costs the host what it costs beside a GPU, and takes no time there. The tensors 
 tiny. "Kernels" is minibert's part of a pass: attention, add-norm, their autograd nodes. "Whole"
 adds torch's operators, which here are those of the CPU: they compute, and those of CUDA launch. So
 only the counts of "whole" carry over to a GPU, where `make gpu-bench` measures the host's time.
+
+"Replayed" is all of a step but the graph's own launch.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from minibert.files import MinibertError
 from minibert.model.layout import Packed
 from minibert.speed import fused
 from minibert.speed.cuda import ladder, launch, obstacles
+from minibert.speed.cuda.seeds import one_draw
 from minibert.speed.cuda_graphs import Graphs, Passes, Recording
 from minibert.speed.prepacked import JoinedLinear, prepack
 from minibert.training.adamw import OnePassAdamW, bert_groups
@@ -107,7 +110,8 @@ def kernels(training: bool) -> Pass:
         return outputs
 
     def step() -> None:
-        outputs = forward()
+        with one_draw():
+            outputs = forward()
         torch.autograd.grad(outputs, leaves, [d_context, d_norm, d_norm] * LAYERS)
 
     return step if training else torch.inference_mode()(forward)
@@ -136,7 +140,7 @@ def whole_step() -> Pass:
     model, inputs = model_of(True), batch()
 
     def run() -> None:
-        with torch.autocast("cpu", torch.float16):
+        with one_draw(), torch.autocast("cpu", torch.float16):
             loss = model(**inputs).loss
         loss.backward()
         model.zero_grad()
@@ -145,10 +149,7 @@ def whole_step() -> Pass:
 
 
 def replayed_step() -> Pass:
-    """Copy the batch to its places, replay a graph of nothing, update.
-
-    The update is one launch after torch's norms, which here are computed.
-    """
+    """Copy the batch to its places, replay a graph of nothing, update."""
     model, inputs = model_of(True), batch()
 
     def record(passes: Callable[[], Passes]) -> Recording:

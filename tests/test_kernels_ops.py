@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from types import SimpleNamespace
 
 import emulator  # gives the operators a CPU side
@@ -17,8 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from minibert.files import MinibertError
 from minibert.speed import cuda
-from minibert.speed.cuda import build, ladder, launch, obstacles, ops
+from minibert.speed.cuda import build, ladder, launch, obstacles, ops, seeds
 from minibert.training import adamw as optim
 
 LENGTHS = [5, 17, 9]
@@ -109,6 +111,41 @@ def test_the_generator_fixes_the_mask_and_is_used_for_nothing_else() -> None:
 
 
 @pytest.mark.usefixtures("own_kernels")
+def test_one_draw_gives_every_mask_of_a_pass_its_own_seed() -> None:
+    qkv = product().detach().unbind(1)
+
+    def masks(seed: int) -> tuple[list[Tensor], Tensor]:
+        torch.manual_seed(seed)
+        with seeds.one_draw():
+            contexts = [cuda.attend_packed(*qkv, STARTS, 17, 0.5) for _ in range(3)]
+        return contexts, torch.get_rng_state()
+
+    (first, state), (again, same) = masks(1), masks(1)
+    assert all(map(torch.equal, first, again))
+    assert torch.equal(state, same)
+    others = [*first, *masks(2)[0]]
+    assert not any(torch.equal(a, b) for a, b in combinations(others, 2))
+    torch.manual_seed(1)
+    torch.randint(2**63 - 1, (seeds.AT_ONCE,))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_draw_lasts_as_long_as_needed() -> None:
+    """Not longer than the pass, whose masks the generator fixes."""
+    cpu, many = torch.device("cpu"), seeds.AT_ONCE + 1
+    torch.manual_seed(1)
+    with seeds.one_draw():
+        drawn = [int(seeds.draw(cpu)) for _ in range(many)]
+    with seeds.one_draw():
+        drawn.append(int(seeds.draw(cpu)))
+    assert len(set(drawn)) == many + 1
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    torch.randint(2**63 - 1, (3 * seeds.AT_ONCE,))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("own_kernels")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_compiles_into_one_graph(dropout_p: float) -> None:
     def step(qkv: Tensor) -> Tensor:
@@ -127,11 +164,12 @@ def test_compiles_into_one_graph(dropout_p: float) -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    qkv = product()
+    qkv, x_ND = product(), torch.randn(2, 64, requires_grad=True)
     context = ops.attend(*qkv.unbind(1), STARTS, 17, 0.0)
-    (grad,) = torch.autograd.grad(context.float().square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.float().sum().backward()
+    y_ND = ops.add_norm(x_ND.half(), x_ND, *torch.ones(2, 64), 1e-5, 0.0)
+    for output, leaf in ((context, qkv), (y_ND, x_ND)):
+        with pytest.raises(MinibertError, match="no second derivatives"):
+            torch.autograd.grad(output.sum(), leaf, create_graph=True)
 
 
 # ---- which device gets which kernels -----------------------------------------------------------

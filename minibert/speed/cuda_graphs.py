@@ -27,6 +27,7 @@ from minibert.machine import Chosen
 from minibert.model.heads import BertWithHead, TokenClassificationHead
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
+from minibert.speed.cuda.seeds import one_draw
 from minibert.speed.prepacked import PrepackedLayer
 
 MOST = 12  # graphs of training; each keeps its own gradients, as large as the model
@@ -283,7 +284,8 @@ class Graphs:
         # Without the cache: a cached cast would be captured once and not follow the weights.
         half = self.dtype != torch.float32
         device = self.parameters[0].device.type
-        with torch.autocast(device, self.dtype, enabled=half, cache_enabled=False):
+        autocast = torch.autocast(device, self.dtype, enabled=half, cache_enabled=False)
+        with one_draw(), autocast:
             loss = self.model(**places.inputs).loss
         assert loss is not None
         (loss * places.scale).backward()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minibert.processes import Team
+from minibert.speed.cuda.seeds import one_draw
 from minibert.speed.cuda_graphs import Graphs, Recorder, choose
 from minibert.text.batches import Batch, Example, packed, padded
 from minibert.training.recipe import Recipe
@@ -104,7 +105,7 @@ class Step:
                 loss = self.graphs.backward(inputs, scale)
             else:
                 with self.team.reduction(self.model, last=i == len(batches) - 1):
-                    with self.autocast:
+                    with one_draw(), self.autocast:
                         loss = self.model(**inputs).loss * weight
                     (loss * scale).backward()
             total += loss.detach()

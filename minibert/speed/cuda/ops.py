@@ -15,14 +15,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import CustomOpDef, custom_op
 
-from minibert.speed.cuda import attention, norm
+from minibert.files import MinibertError
+from minibert.speed.cuda import attention, norm, seeds
 
 
 def _operator(name: str, function: Callable, schema: str) -> CustomOpDef:
     return custom_op(name, mutates_args=(), device_types="cuda", schema=schema)(function)
+
+
+def _differentiate_once() -> None:
+    """Instead of torch's ``once_differentiable``, which takes 6 µs a call, 36 times in a step."""
+    if torch.is_grad_enabled():
+        raise MinibertError(
+            "the CUDA kernels have no second derivatives: leave out create_graph, or use "
+            "attn_implementation='sdpa'"
+        )
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -79,8 +88,8 @@ class _Attention(torch.autograd.Function):
         return context_NHK
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_context_NHK: Tensor) -> tuple[Tensor | None, ...]:
+        _differentiate_once()
         q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed = ctx.saved_tensors
         grad_N3HK = attention.backward(
             d_context_NHK, q_NHK, k_NHK, v_NHK, context_NHK, lse_HN, starts, seed,
@@ -98,19 +107,11 @@ def attend(
     dropout_p: float,
 ) -> Tensor:
     """Attention over packed sentences; arguments as for ``attend_packed``."""
-    inputs = (q_NHK, k_NHK, v_NHK, starts, _seed(q_NHK, dropout_p), max_length, dropout_p)
+    seed = seeds.draw(q_NHK.device) if dropout_p > 0 else None
+    inputs = (q_NHK, k_NHK, v_NHK, starts, seed, max_length, dropout_p)
     if torch.compiler.is_compiling():
         return torch.ops.minibert.attention(*inputs)[0]
     return _Attention.apply(*inputs) if torch.is_grad_enabled() else attention.forward(*inputs)[0]
-
-
-def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    """The seed of a dropout mask, (1,) int64 on the device of x; None without dropout.
-
-    Drawn from torch's generator of the device: ``torch.manual_seed`` fixes it, and a captured CUDA
-    graph draws a new one at every replay.
-    """
-    return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
 
 
 # ---- dropout, residual and LayerNorm -----------------------------------------------------------
@@ -168,8 +169,8 @@ class _AddNorm(torch.autograd.Function):
         return y_ND
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        _differentiate_once()
         x_ND, residual_ND, weight_D, mean_N, scale_N, seed = ctx.saved_tensors
         dx_ND, d_residual_ND, sums_2D = norm.backward(
             dy_ND, x_ND, residual_ND, weight_D, mean_N, scale_N, seed, ctx.dropout_p
@@ -187,7 +188,8 @@ def add_norm(
     dropout_p: float,
 ) -> Tensor:
     """LayerNorm(dropout(x) + residual); arguments as for ``norm.forward``."""
-    inputs = (x_ND, residual_ND, weight_D, bias_D, _seed(x_ND, dropout_p), eps, dropout_p)
+    seed = seeds.draw(x_ND.device) if dropout_p > 0 else None
+    inputs = (x_ND, residual_ND, weight_D, bias_D, seed, eps, dropout_p)
     if torch.compiler.is_compiling():
         return torch.ops.minibert.add_norm(*inputs)[0]
     return _AddNorm.apply(*inputs) if torch.is_grad_enabled() else norm.forward(*inputs)[0]
