@@ -48,7 +48,7 @@ def test_what_reaches_the_driver_computes_the_right_numbers(
         check_norm(6, 64, 0.1, True)
         new_sweep().step(draw(), 1e-2)
     names = [f"{kind}_{size}" for size in ("long", "short") for kind in KINDS]
-    names += ["add_norm", "add_norm_backward", "add_norm_sums", "adamw"]
+    names += ["add_norm", "add_norm_backward", "add_norm_sums", "squares", "adamw"]
     assert [one.kernel for one in started] == names
     assert {one.stream for one in started} == {fake_driver.STREAM}
     assert started[0].grid == (2 * 2, 2, 1)  # two sentences of up to two tiles, two heads
@@ -119,4 +119,5 @@ def test_what_a_pass_asks_of_the_host() -> None:
     assert (step.launches, step.streams) == (12 * (1 + 2 + 2 * (1 + 2)), 0)
     # Also the gradients, and two tensors that one kernel writes for the next.
     assert step.allocations == 12 * (2 + 2 + 2 * (3 + 4))
-    assert (replayed.launches, replayed.allocations) == (1, 0)
+    # The update: the squares of the gradients into one tensor, then all in one launch.
+    assert (replayed.launches, replayed.allocations) == (2, 1)

@@ -309,6 +309,15 @@ ADAMW = {
     "a chunk without an end": Fault(
         "base < start + CHUNK && ", "", "second time|after it was updated"
     ),
+    "a chunk's squares beyond the tensor": Fault(
+        "at < part.size ? load_global(gradient + at) : 0.f",
+        "load_global(gradient + at)",
+        "outside every tensor",
+    ),
+    "no barrier before the warps' squares": Fault(
+        "block_barrier();  // all warps' sums", "// all warps' sums", "nobody wrote|race"
+    ),
+    "a warp's squares left out": Fault("int warp = 1", "int warp = 2", r"assert [0-9.]+ == "),
     "a wrong first moment": Fault("(g[i] - m[i])", "g[i]", BEYOND),
     "the rate as decay": Fault("2 * tensor + 1);\n\n", "2 * tensor);\n\n", BEYOND),
 }

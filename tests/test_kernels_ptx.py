@@ -52,7 +52,7 @@ def test_a_sample_of_the_kernels() -> None:
         check_norm(6, 64, 0.1, True)
         check_trajectory("torch", 1.0, 1024.0)
     names = {f"{kind}_short" for kind in KINDS}
-    names |= {"add_norm", "add_norm_backward", "add_norm_sums", "adamw"}
+    names |= {"add_norm", "add_norm_backward", "add_norm_sums", "squares", "adamw"}
     assert {one.kernel for one in launches} == names
 
 

@@ -8,7 +8,7 @@ and replays them all at once, but with the shapes and addresses used at capture.
   as a tensor too: where sentences begin, and the scale of the loss.
 - Captured kernels draw the seeds of dropout, new ones in every replay.
 
-The update is not captured: it is one kernel already (``OnePassAdamW``), and a loss scaler decides
+The update is not captured: it is two kernels already (``OnePassAdamW``), and a loss scaler decides
 in between whether it happens. Shape legend: see layout.py.
 """
 

@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +96,7 @@ class AdamW:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every trained parameter, in the order of the moments ``first`` and ``second``."""
-        for group in self.groups:
-            yield from group.parameters
+        return chain.from_iterable(group.parameters for group in self.groups)
 
     def zero_grad(self) -> None:
         """Delete the gradients."""
@@ -227,7 +226,7 @@ class FusedAdamW(AdamW):
 
 
 class OnePassAdamW(AdamW):
-    """The same on CUDA, with our kernel, which reads each number once. The norm is torch's.
+    """The same on CUDA, with our kernels: one reads the gradients for their norm, one updates.
 
     Raises:
         ValueError: also for a parameter that is not contiguous float32.

@@ -34,6 +34,7 @@ OUTPUTS = {
     "add_norm": ("y", "mean", "scale"),
     "add_norm_backward": ("dx", "dresidual", "partial"),
     "add_norm_sums": ("sums",),
+    "squares": ("squares",),
     "adamw": (),
 }
 _BUILDS = TemporaryDirectory(prefix="minibert-emulator-")
@@ -81,12 +82,12 @@ def _view(name: str, x: Tensor, role: int) -> View:
     return View(name, x.data_ptr(), rows, row_bytes, max(x.stride(0) * size, 1), role)
 
 
-def _updated(tensors: Tensor, sizes: Tensor, scalars: Tensor, **_: Any) -> list[View]:
-    """The tensors that AdamW's table of addresses points to."""
+def _updated(tensors: Tensor, sizes: Tensor, scalars: Tensor | None = None, **_: Any) -> list[View]:
+    """The tensors that AdamW's table of addresses points to; no scalars, no update."""
     found = []
     names = ("parameter", "gradient", "first", "second")
     for i, (addresses, size) in enumerate(zip(tensors.tolist(), sizes.tolist())):
-        updated = addresses[1] and scalars[3]
+        updated = addresses[1] and scalars is not None and scalars[3]
         for name, address in zip(names, addresses):
             role = UPDATED if updated and name != "gradient" else INPUT
             if address:

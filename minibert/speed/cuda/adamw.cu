@@ -1,10 +1,10 @@
-// AdamW over all parameters of a model in one launch.
+// AdamW over all parameters of a model in one launch, and before it the squares for clipping.
 //
 // AdamW is limited by memory traffic. As separate operations it reads and writes every parameter
 // and both moments several times, and clipping and unscaling read and write every gradient once
 // more. Here each number is read once and written once.
 //
-// A block updates one chunk of one tensor and finds it in a table. SEMANTICS is a compile-time
+// A block processes one chunk of one tensor and finds it in a table. SEMANTICS is a compile-time
 // constant: 0 "torch", 1 "transformers", 2 "google" (the published versions, see adamw.py).
 #include "primitives.cuh"
 
@@ -18,15 +18,47 @@ struct Tensors {  // one row of the table: addresses of a parameter, its gradien
   float* second;
 };
 
+struct Part {  // of a tensor: from element `start` on, CHUNK elements or up to `size`
+  int tensor, start, size;
+};
+
+// This block's part. chunks (blocks, 2): index of the tensor, index of its chunk.
+DEVICE Part part_of_block(const int* chunks, const int* sizes) {
+  const int tensor = load_global(chunks + 2 * block_index_x());
+  const int start = load_global(chunks + 2 * block_index_x() + 1) * CHUNK;
+  return Part{tensor, start, load_global(sizes + tensor)};
+}
+
+// squares (blocks,): the sum of the squares of each chunk's gradients, always added in the same
+// order: a thread its numbers, a warp its threads, one thread the warps.
+KERNEL(squares, THREADS, 4,
+       (const Tensors* tensors, const int* sizes, const int* chunks, float* squares),
+       SHARED_MEMORY(shared, THREADS / 32 * 4);
+       const Part part = part_of_block(chunks, sizes);
+       const float* const gradient = load_global(&tensors[part.tensor].gradient);
+       float sum = 0.f;
+       UNROLL for (int i = 0; i < CHUNK / THREADS; i++) {
+         const int at = part.start + i * THREADS + thread_index();
+         const float g = at < part.size ? load_global(gradient + at) : 0.f;
+         sum += g * g;
+       }
+       sum = warp_sum(sum);
+       if (thread_index() % 32 == 0) store_shared(shared + thread_index() / 32 * 4, sum);
+       block_barrier();  // all warps' sums are stored
+       if (thread_index() == 0) {
+         for (int warp = 1; warp < THREADS / 32; warp++) {
+           sum += load_shared<float>(shared + warp * 4);
+         }
+         store_global(squares + block_index_x(), sum);
+       })
+
 KERNEL(adamw, THREADS, 4,
        (const Tensors* tensors, const int* sizes, const float* rates, const int* chunks,
         const float* scalars, float lr, float rest1, float beta2, float rest2,
         float eps),
        // rest1 and rest2 are 1 - beta, computed in float64: in float32, 1 - 0.999 has four digits.
-       // chunks (blocks, 2): index of the tensor, index of its chunk.
-       const int tensor = load_global(chunks + 2 * block_index_x());
-       const int start = load_global(chunks + 2 * block_index_x() + 1) * CHUNK;
-       const int size = load_global(sizes + tensor);
+       const Part part = part_of_block(chunks, sizes);
+       const int tensor = part.tensor, start = part.start, size = part.size;
        // scalars: the factor on gradients (clipping and unscaling), the two bias corrections, and
        // whether to update at all: an overflow skips the step.
        const float factor = load_global(scalars), correction1 = load_global(scalars + 1);

@@ -1,4 +1,4 @@
-"""What to launch for AdamW with clipping and unscaling in one pass: the kernel in ``adamw.cu``.
+"""What to launch for AdamW with clipping and unscaling in one pass: the kernels in ``adamw.cu``.
 
 BERT has been trained with three versions of AdamW: "torch" (Loshchilov and Hutter 2019,
 arXiv:1711.05101, algorithm 2), "transformers" (eps before the bias correction, decay after the
@@ -21,7 +21,7 @@ THREADS = 256
 
 
 class Sweep:
-    """Updates all parameters in place, in one launch.
+    """Updates all parameters in place, in two launches: the norm of the gradients, the update.
 
     Args:
         parameters: float32, contiguous, on one CUDA device.
@@ -89,8 +89,19 @@ class Sweep:
             is given and the norm is not finite, nothing was updated.
         """
         gradients = [None if x is None else x.contiguous() for x in gradients]
-        present = [gradient for gradient in gradients if gradient is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present))) / (scale or 1)
+        self._locate(gradients)
+        squares = torch.empty(len(self.chunks), device=self.device)
+        self._enqueue(
+            "squares",
+            {
+                "tensors": self.table,
+                "sizes": self.sizes,
+                "chunks": self.chunks,
+                "squares": squares,
+            },
+            {},
+        )
+        norm = squares.sum().sqrt() / (scale or 1)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1) / (scale or 1)  # as torch clips
         beta1, beta2, eps = map(float, (*self.betas, self.eps))
         corrections = torch.tensor([1 - beta1 ** (steps + 1), (1 - beta2 ** (steps + 1)) ** 0.5])
@@ -98,8 +109,6 @@ class Sweep:
         # The host would have to wait for the norm to know whether this step is skipped.
         applies = torch.ones_like(norm) if scale is None else torch.isfinite(norm).to(norm)
         scalars = torch.cat([factor[None], corrections, applies[None]])
-        self._locate(gradients)
-        defines, grid = {"SEMANTICS": SEMANTICS[self.semantics]}, (self.chunks.shape[0], 1)
         tensors: dict[str, Tensor | None] = {
             "tensors": self.table,
             "sizes": self.sizes,
@@ -116,8 +125,14 @@ class Sweep:
         }
         # Scalars and gradients may be freed on return: the allocator reuses their memory on this
         # stream only, after the kernel.
-        launch.enqueue(launch.Launch("adamw.cu", "adamw", defines, grid, THREADS, tensors, numbers))
+        self._enqueue("adamw", tensors, numbers)
         return norm
+
+    def _enqueue(
+        self, kernel: str, tensors: dict[str, Tensor | None], numbers: dict[str, float]
+    ) -> None:
+        defines, grid = {"SEMANTICS": SEMANTICS[self.semantics]}, (len(self.chunks), 1)
+        launch.enqueue(launch.Launch("adamw.cu", kernel, defines, grid, THREADS, tensors, numbers))
 
     def _locate(self, gradients: Sequence[Tensor | None]) -> None:
         """Update the tables of addresses and chunks where necessary.

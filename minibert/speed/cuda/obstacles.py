@@ -154,7 +154,7 @@ def try_adamw(device: torch.device, semantics: str) -> None:
     there = [before.to(device, copy=True)]
     first, second = [torch.zeros_like(there[0])], [torch.zeros_like(there[0])]
     sweep = adamw_kernel.Sweep(there, first, second, [1.0], [decay], semantics, (beta1, beta2), eps)
-    sweep.step([gradient.to(device)], lr)
+    norm = sweep.step([gradient.to(device)], lr)
     g, p = gradient.double(), before.double()
     # After one step the moments are (1 - beta) g and (1 - beta) g²; their correction undoes that.
     corrected = {
@@ -162,4 +162,6 @@ def try_adamw(device: torch.device, semantics: str) -> None:
         "transformers": (p - lr * g / (g.abs() + eps / (1 - beta2) ** 0.5)) * (1 - lr * decay),
         "google": p - lr * ((1 - beta1) * g / ((1 - beta2) ** 0.5 * g.abs() + eps) + decay * p),
     }
-    _compare({"parameter": there[0]}, {"parameter": corrected[semantics]})
+    _compare(
+        {"norm": norm, "parameter": there[0]}, {"norm": g.norm(), "parameter": corrected[semantics]}
+    )
