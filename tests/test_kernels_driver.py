@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from threading import Thread
+from types import SimpleNamespace
 
 import emulator
 import pytest
@@ -17,6 +20,7 @@ from test_kernels_norm import check as check_norm
 
 from benchmarks import gpu_host
 from minibert.speed.cuda import build, launch, obstacles
+from minibert.speed.cuda_graphs import Recorder
 from tests import fake_driver
 
 fake_driver.library()  # before anything looks for the real one
@@ -121,3 +125,46 @@ def test_what_a_pass_asks_of_the_host() -> None:
     assert step.allocations == 12 * (2 + 2 + 2 * (3 + 4))
     # The update: the squares of the gradients into one tensor, then all in one launch.
     assert (replayed.launches, replayed.allocations) == (2, 1)
+
+
+def test_a_capture_gets_the_launches_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder of CUDA graphs, with torch's graphs and streams replaced.
+
+    Three passes on another stream come first: they load the kernels, and draw nothing that the
+    captured one would have drawn.
+    """
+    current, drawn = [fake_driver.STREAM], []
+
+    @contextmanager
+    def on(number: int) -> Iterator[None]:
+        current.append(number)
+        yield
+        current.pop()
+
+    def stream(number: int) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=number, wait_stream=lambda _: None)
+
+    def run_pass() -> torch.Tensor:
+        one_launch(torch.ones(2))
+        drawn.append(float(torch.rand(1)))
+        return torch.ones(3)
+
+    graph = SimpleNamespace(replay=lambda: None)
+    with fake_driver.pretend() as started, monkeypatch.context() as patch:
+        for name, value in {
+            "Stream": lambda: stream(2),
+            "stream": lambda stream: on(stream.cuda_stream),
+            "current_stream": lambda _=None: stream(current[-1]),
+            "device": lambda _: nullcontext(),
+            "CUDAGraph": lambda: graph,
+            "graph": lambda captured, pool: on(3 if captured is graph and pool == "pool" else -1),
+            "graph_pool_handle": lambda: "pool",
+            "get_rng_state": lambda _: None,
+            "set_rng_state": lambda *_: None,
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+        recording = Recorder(torch.device("cuda", 0))(run_pass)
+    assert [one.stream for one in started] == [2, 2, 2, 3]
+    assert drawn[3] == drawn[0]
+    assert recording.replay is graph.replay
+    assert torch.equal(recording.result, torch.ones(3))
