@@ -45,6 +45,7 @@ def test_the_t4_notebook_runs(
     monkeypatch.setenv("MINIBERT_WORK", str(tmp_path / "work"))
     names = run("t4.ipynb", before={4: 'part("broken", "-c", "print(1); raise SystemExit(3)")'})
     printed = capsys.readouterr().out
+    assert "NVRTC: " in printed
     assert "auto attn" in printed, "the output of a part is shown"
     assert "FasterTransformer, padding removed" in printed
     assert "130,446  published" in printed
@@ -89,7 +90,7 @@ def test_the_t4_notebook_stops_without_a_gpu(
     monkeypatch.setenv("PATH", "/bin")
     guard = "".join(code(ROOT / "notebooks" / "t4.ipynb")[1]["source"])
     with pytest.raises(RuntimeError, match="STOP: "):
-        exec(guard, {"sys": sys, "subprocess": subprocess, "TINY": ""})
+        exec(guard, {"sys": sys, "subprocess": subprocess, "TINY": "", "distributions": list})
 
 
 def test_the_t4_notebook_keeps_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
