@@ -2,9 +2,9 @@
 
 Reading order: ``docs/fused-attention.md``; ``primitives.cuh``, ``tiles.cuh``, ``problem.cuh`` and
 ``attention.cu`` (the kernels); ``attention.py`` (their arguments), ``build.py`` (compiling),
-``launch.py`` (starting), ``ops.py`` (operators of torch); ``obstacles.py`` and ``ladder.py`` (what
-runs here); then ``norm.cu`` and ``norm.py``, ``adamw.cu`` and ``adamw.py``. Importing this package
-compiles nothing and needs no CUDA.
+``launch.py`` (starting), ``seeds.py`` (of dropout), ``ops.py`` (operators of torch);
+``obstacles.py`` and ``ladder.py`` (what runs here); then ``norm.cu`` and ``norm.py``, ``adamw.cu``
+and ``adamw.py``. Importing this package compiles nothing and needs no CUDA.
 
 Shape legend: see model/layout.py.
 """
