@@ -23,7 +23,7 @@ from minibert.text.bio import Sentence
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not choose_int8(CPU).value, reason=choose_int8(CPU).reason)
 
-MOST = 127  # of the integers
+MOST_X, MOST_W = 127, 64  # of the integers
 
 
 def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -33,36 +33,47 @@ def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
 
 
 @pytest.mark.parametrize(
-    ("rows", "inner", "outer", "low"),
-    [(1, 1, 1, 0), (2, 5, 3, -64), (13, 36, 50, -127), (7, 384, 1153, -64), (250, 3072, 96, 0)],
+    ("rows", "inner", "outer"),
+    [(1, 1, 1), (2, 5, 3), (13, 36, 50), (7, 384, 1153), (25, 3072, 96)],
 )
-def test_products_are_those_of_int64(rows: int, inner: int, outer: int, low: int) -> None:
+def test_products_are_those_of_int64(rows: int, inner: int, outer: int) -> None:
     """The integers fill their range, so that scales are powers of two and x and W are not rounded.
 
-    With ``low`` 0, only the conversion of the sum to float32 is.
+    Only the conversion of the sum to float32 is.
     """
     draw = torch.Generator().manual_seed(0)
-    x = torch.randint(low, low + MOST + 1, (rows, inner), generator=draw)
-    x[:, 0], x[:, -1] = low, low + MOST
-    weight = torch.randint(-MOST, MOST + 1, (outer, inner), generator=draw)
-    weight[:, -1] = MOST
+    x = torch.randint(-MOST_X, MOST_X + 1, (rows, inner), generator=draw)
+    x[:, 0] = torch.tensor([MOST_X, -MOST_X]).repeat(rows)[:rows]
+    weight = torch.randint(-MOST_W, MOST_W + 1, (outer, inner), generator=draw)
+    weight[:, -1] = MOST_W
     scale_N1 = 2.0 ** torch.randint(-20, 20, (rows, 1), generator=draw)
     scale_O1 = 2.0 ** torch.randint(-20, 20, (outer, 1), generator=draw)
-    if inner == 1:  # a constant row
-        x[:] = 0
     got = product(x * scale_N1, weight * scale_O1)
     assert torch.equal(got, (x @ weight.T).float() * scale_N1 * scale_O1.T)
 
 
+@pytest.mark.parametrize("x_sign", [1, -1])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_nothing_saturates_at_the_limits(sign: int) -> None:
-    """AVX2 adds two products in 16 bits. One of x's integers is 0, or there would be no range."""
-    x = torch.full((13, 3072), MOST)
-    x[:, 5] = 0
-    weight = torch.full((96, 3072), sign * MOST)
-    assert torch.equal(product(x.float(), weight.float()), (x @ weight.T).float())
-    mixed = weight * torch.tensor([1, 1, -1, -1]).repeat(768)
-    assert torch.equal(product(x.float(), mixed.float()), (x @ mixed.T).float())
+def test_nothing_saturates_at_the_limits(sign: int, x_sign: int) -> None:
+    """AVX2 adds two products in 16 bits."""
+    x = torch.full((13, 3072), x_sign * MOST_X)
+    weight = torch.full((96, 3072), sign * MOST_W)
+    for signs in ([1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1]):
+        mixed = weight * torch.tensor(signs).repeat(768)
+        assert torch.equal(product(x.float(), mixed.float()), (x @ mixed.T).float())
+    swung = x * torch.tensor([1, 1, -1, -1]).repeat(768)
+    assert torch.equal(product(swung.float(), mixed.float()), (swung @ mixed.T).float())
+
+
+def test_halves_are_rounded_to_even() -> None:
+    """With a scale of 1, half of the values lie between integers."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(-2 * MOST_X, 2 * MOST_X + 1, (13, 384), generator=draw) / 2
+    x[:, 0] = MOST_X
+    weight = torch.randint(-MOST_W, MOST_W + 1, (96, 384), generator=draw)
+    weight[:, 0] = MOST_W
+    expected = (x.round().long() @ weight.T).float()
+    assert torch.equal(product(x, weight.float()), expected)
 
 
 def test_rounding_is_at_most_half_a_step() -> None:
@@ -70,8 +81,8 @@ def test_rounding_is_at_most_half_a_step() -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(50, 384), torch.randn(96, 384) / 20, torch.randn(96)
     exact = x.double() @ weight.double().T + bias
-    step_N1 = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).double() / MOST
-    step_O1 = weight.abs().amax(1, keepdim=True).double() / MOST
+    step_N1 = x.abs().amax(1, keepdim=True).double() / MOST_X
+    step_O1 = weight.abs().amax(1, keepdim=True).double() / MOST_W
     rounded_x = x.abs().double() + step_N1 / 2
     bound = step_N1 / 2 @ weight.abs().double().sum(1, keepdim=True).T
     bound += rounded_x.sum(1, keepdim=True) @ step_O1.T / 2
@@ -96,7 +107,7 @@ def test_a_row_keeps_its_values_to_itself() -> None:
     got = product(x, weight, bias)
     assert torch.equal(got[8:], alone[8:])
     assert torch.equal(got[0], bias)
-    step_O = weight.abs().amax(1) / MOST
+    step_O = weight.abs().amax(1) / MOST_W
     assert bool(((got[1] - 2.5 * weight.sum(1) - bias).abs() <= 2.5 * 384 * step_O / 2).all())
     assert torch.equal(got[2], bias)
     assert torch.equal(got[3], bias)
