@@ -117,14 +117,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     tag.add_argument("text", nargs="*", help="a sentence (default: standard input, one per line)")
     tag.add_argument("--json", action="store_true", help="print JSON")
     _lines(tag)
-    tag.add_argument(
-        "--min-score",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="leave out entities with a lower score, the mean probability of their words' labels; "
-        "below 0.5 a label is a guess (default: 0, show all)",
-    )
+    _min_score(tag)
     _running(tag)
     _labelling(tag)
     tag.set_defaults(run=_tag)
@@ -184,6 +177,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         help="label the file in this dtype too, and count the labels that differ from those of "
         "--dtype, which is then fp32 by default",
     )
+    _min_score(evaluate)
     _running(evaluate)
     _labelling(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -360,6 +354,27 @@ def _labelling(command: argparse.ArgumentParser) -> None:
     _layout(command, ("padded", "packed"), "packed")
 
 
+def _min_score(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--min-score",
+        type=_probability,
+        default=0.0,
+        metavar="P",
+        help="leave out entities with a lower score, the mean probability of their words' labels; "
+        "below 0.5 a label is a guess (default: 0, keep all)",
+    )
+
+
+def _probability(value: str) -> float:
+    try:
+        found = float(value)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 1:  # NaN too
+        raise MinibertError(f"--min-score: {value} is no probability: give a number from 0 to 1")
+    return found
+
+
 def _layout(command: argparse.ArgumentParser, choices: Sequence[str], default: str) -> None:
     """``--layout``, with ``--padded`` and ``--packed`` as short forms."""
     layouts = command.add_mutually_exclusive_group()
@@ -499,10 +514,6 @@ def _input(options: argparse.Namespace) -> Iterator[tuple[Team, Iterator[list[Li
 def _tag(options: argparse.Namespace) -> int:
     from minibert.tagging.lines import process_lines
 
-    if not 0 <= options.min_score <= 1:
-        raise MinibertError(
-            f"--min-score: {options.min_score} is no probability: give a number from 0 to 1"
-        )
     marked = partial(_marked, colour=options.output is None and _in_colour())
     show = _as_json if options.json else marked
 
@@ -734,11 +745,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     sentences = read_bio(options.file, options.orphans, _note)
     if options.compare and options.dtype == "auto":
         options.dtype = "fp32"
-    report = evaluate(_system(options), sentences, options.file)
+    report = evaluate(_system(options), sentences, options.file, options.min_score)
     table, found = report.table(), report.to_dict()
     if options.compare:
         reference, options.dtype = options.dtype, options.compare
-        other = evaluate(_tagger(options), sentences, options.file)
+        other = evaluate(_tagger(options), sentences, options.file, options.min_score)
         compared = difference(reference, report, options.compare, other)
         table += f"\n\n{compared}"
         found["compare"] = vars(compared)

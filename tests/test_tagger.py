@@ -24,6 +24,7 @@ from minibert.speed.cuda import obstacles
 from minibert.tagging.evaluate import evaluate
 from minibert.tagging.stream import read_ahead
 from minibert.tagging.words import Entity, Label, Words, entities, join, split
+from minibert.text import labelling
 from minibert.text.bio import Sentence, labels_of
 from minibert.text.demo import generate
 
@@ -293,6 +294,31 @@ def test_evaluate_prints_table_and_json(directory: Path, command, tmp_path: Path
     assert 0 <= numbers["entity_f1"] <= 1
     status, out, _ = command("evaluate", directory, path, "--dtype", "fp32", "--padded", "--plain")
     assert f"entity F1 (seqeval default, conlleval)   {numbers['entity_f1']:8.2%}" in out
+
+
+def test_evaluate_leaves_out_what_tag_leaves_out(
+    directory: Path, tagger: Tagger, command, tmp_path: Path
+) -> None:
+    path = write_bio(tmp_path / "test.bio", TEST[:20])
+    texts = [" ".join(sentence.words) for sentence in TEST[:20]]
+    scores = sorted(entity.score for text in texts for entity in tagger(text))
+    least = scores[len(scores) // 2]
+    for min_score in (0.0, least, 1.0):
+        _, out, _ = command(
+            "evaluate", directory, path, "--json", "--dtype", "fp32", "--min-score", min_score
+        )
+        confusion = json.loads(out)["confusion"]
+        begun = sum(
+            row[label] for row in confusion.values() for label in row if label.startswith("B-")
+        )
+        assert begun == sum(score >= min_score for score in scores)
+
+
+def test_an_entity_below_the_least_score_becomes_o() -> None:
+    sentence = [Label("B-A", 0.9), Label("I-A", 0.3), Label("B-A", 0.5), Label("O", 0.1)]
+    assert labelling.names(sentence) == ["B-A", "I-A", "B-A", "O"]
+    assert labelling.names(sentence, 0.55) == ["B-A", "I-A", "O", "O"]
+    assert labelling.names(sentence, 0.61) == ["O"] * 4
 
 
 @pytest.mark.parametrize(

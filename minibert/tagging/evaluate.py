@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minibert.tagging.stream import progress
 from minibert.text.bio import Sentence, label_ids
-from minibert.text.labelling import WordTagger
+from minibert.text.labelling import WordTagger, names
 from minibert.text.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
 
 COLUMNS = 80  # of a terminal
@@ -119,13 +119,19 @@ def unknown_tags(sentences: Sequence[Sentence], labels: Sequence[str], source: P
     return f"{source}: no label for {names}: {words} words count as missed"
 
 
-def evaluate(tagger: WordTagger, sentences: Sequence[Sentence], source: Path | str) -> Report:
+def evaluate(
+    tagger: WordTagger,
+    sentences: Sequence[Sentence],
+    source: Path | str,
+    min_score: float = 0.0,
+) -> Report:
     """Tag the sentences and compare.
 
     Args:
         tagger: anything that labels words.
         sentences: with their true tags.
         source: the file they are from, for messages.
+        min_score: entities with a lower mean probability are left out.
 
     Raises:
         MinibertError: the model knows none of the entities' tags; with file and line.
@@ -134,7 +140,7 @@ def evaluate(tagger: WordTagger, sentences: Sequence[Sentence], source: Path | s
     true = [list(sentence.tags) for sentence in sentences]
     labels = tagger.label(sentence.words for sentence in sentences)
     shown = progress(labels, "sentences", len(sentences))
-    predicted = [[label.name for label in sentence] for sentence in shown]
+    predicted = [names(sentence, min_score) for sentence in shown]
     return Report(
         len(sentences),
         token_scores(true, predicted),

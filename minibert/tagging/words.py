@@ -9,6 +9,7 @@ from html import escape
 from typing import NamedTuple
 
 from minibert.text.labelling import Label as Label
+from minibert.text.labelling import score
 from minibert.text.metrics import lenient_entities
 
 
@@ -85,8 +86,8 @@ def entities(words: Words, labels: Sequence[Label]) -> Entities:
     found = Entities(words.text)
     for type_, first, stop in lenient_entities([label.name for label in labels]):
         start_char, stop_char = words.spans[first][0], words.spans[stop - 1][1]
-        score = sum(label.score for label in labels[first:stop]) / (stop - first)
         text = words.text[start_char:stop_char]
         if text.strip():  # a word given to tag_words may be empty
-            found.append(Entity(text, type_, start_char, stop_char, score))
+            entity_score = score(labels[first:stop])
+            found.append(Entity(text, type_, start_char, stop_char, entity_score))
     return found
