@@ -192,9 +192,11 @@ def test_where_int8_cannot_run(
 
 def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tagger = Tagger.from_pretrained(small_checkpoint(tmp_path), dtype="int8", device="cpu")
-    tagger.model.bert.embeddings.word.weight.data.fill_(torch.nan)
-    with pytest.raises(MinibertError, match="scores are not finite"):
-        tagger("jaws")
+    _, piece, _ = tagger.tokenizer.encode("b")
+    tagger.model.bert.embeddings.word.weight.data[piece] = torch.inf
+    list(tagger.tag_texts(["a a", "a"]))
+    with pytest.raises(MinibertError, match="scores are not finite for 'a b': its weights"):
+        list(tagger.tag_texts(["a", "a b", "a a a"]))
 
 
 def test_evaluate_compares_two_dtypes(directory: Path, tmp_path: Path, command: Callable) -> None:

@@ -39,20 +39,24 @@ class Scores:
     dtype: torch.dtype  # of the computation
     done: torch.cuda.Event | None = None  # when they have arrived
 
-    def wait(self) -> Tensor:
-        """The scores.
+    def wait(self, batch: Batch, sentences: Sequence[Sequence[str]]) -> list[Tensor]:
+        """The scores of each example of the batch, whose words are from ``sentences``.
 
         Raises:
             MinibertError: they are not finite.
         """
         if self.done is not None:
             self.done.synchronize()
+        parts = self.scores_WL.split([len(example.firsts) for example in batch.examples])
         if not self.scores_WL.isfinite().all():
+            wrong = next(i for i, part in enumerate(parts) if not part.isfinite().all())
+            sentence = " ".join(sentences[batch.examples[wrong].sentence])
             raise MinibertError(
-                "the model's scores are not finite: its weights are damaged, or too large for "
-                f"{self.dtype}: download or train it again, or try --dtype fp32"
+                f"the model's scores are not finite for {sentence[:60]!r}: its weights are "
+                f"damaged, or too large for {self.dtype}: download or train it again, or try "
+                "--dtype fp32"
             )
-        return self.scores_WL
+        return list(parts)
 
 
 class Tagger:
@@ -245,8 +249,7 @@ class Tagger:
             shapes = [(len(words), config.num_labels) for words in sentences]
             by_sentence = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
             for batch, scores in under_way:
-                parts = scores.wait().split([len(example.firsts) for example in batch.examples])
-                for example, part in zip(batch.examples, parts):
+                for example, part in zip(batch.examples, scores.wait(batch, sentences)):
                     stop = example.first_word + len(example.firsts)
                     by_sentence[example.sentence][example.first_word : stop] = part
             return by_sentence
