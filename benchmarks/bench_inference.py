@@ -36,6 +36,8 @@ NAMES = (
     "OpenVINO fp32, sorted by length",
     "OpenVINO bf16, padded to longest",
     "OpenVINO bf16, sorted by length",
+    "OpenVINO int8, padded to longest",
+    "OpenVINO int8, sorted by length",
 )
 # Largest error of the logits against minibert's in fp32, relative to the largest logit. int8
 # changes the model, so its bound only catches wrong inputs.
@@ -89,8 +91,7 @@ def predictor(kind: str, work: Workload) -> Predict:
     if library == "onnxruntime":
         return peers.onnxruntime_model(work.theirs(), work.folder, dtype == "int8")
     if library == "OpenVINO":
-        precision = "bf16" if dtype == "bf16" else "f32"
-        return peers.openvino_model(work.theirs(), work.folder, precision)
+        return peers.openvino_model(work.theirs(), work.folder, dtype, work.calibration)
     if "eager" in kind:
         return peers.eager(work.theirs(dtype))
     if "compiled" in kind:

@@ -25,6 +25,7 @@ NAMES = (
     "onnxruntime int8",
     "OpenVINO fp32",
     "OpenVINO bf16",
+    "OpenVINO int8",
 )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,20 +88,41 @@ def onnxruntime_model(model: nn.Module, folder: Path, int8: bool = False) -> Pre
     return predict
 
 
-def openvino_model(model: nn.Module, folder: Path, precision: str) -> Predict:
-    """``precision``: "f32" or "bf16"."""
+def openvino_model(
+    model: nn.Module, folder: Path, precision: str, calibration: Sequence[Inputs] = ()
+) -> Predict:
+    """``precision``: "fp32", "bf16" or "int8", which is calibrated on real batches."""
     need("openvino")
     import openvino
 
     core = openvino.Core()
     settings = {
-        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    network = core.compile_model(core.read_model(onnx_file(model, folder)), "CPU", settings)
+    path = onnx_file(model, folder)
+    if precision == "int8":
+        small = folder / "model.int8.xml"
+        if not small.exists():
+            openvino.save_model(_quantised(core.read_model(path), calibration), small)
+        path = small
+    network = core.compile_model(core.read_model(path), "CPU", settings)
 
     def predict(inputs: Inputs) -> Tensor:
         return torch.from_numpy(network({name: x.numpy() for name, x in inputs.items()})[0])
 
     return predict
+
+
+def _quantised(network: Any, calibration: Sequence[Inputs]) -> Any:
+    """Weights and activations in int8 by NNCF, with SmoothQuant and bias correction."""
+    need("nncf")
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    data = nncf.Dataset(calibration, lambda inputs: {n: x.numpy() for n, x in inputs.items()})
+    with redirect_stdout(io.StringIO()):  # progress bars
+        return nncf.quantize(
+            network, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
+        )

@@ -110,6 +110,12 @@ class Workload:
         return examples_of(words, self.tokenizer, 512)
 
     @cached_property
+    def calibration(self) -> list[Inputs]:
+        """Sentences of the training set, for peers that choose scales of activations by them."""
+        words = [sentence.words for sentence in self.corpus[0][:64]]
+        return [padded([e], 0).inputs for e in examples_of(words, self.tokenizer, 512)]
+
+    @cached_property
     def train_batches(self) -> list[list[Example]]:
         """The first batches of an epoch as train.py draws it, each sorted by length."""
         train = self.corpus[0]
