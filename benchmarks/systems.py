@@ -1,4 +1,4 @@
-"""The table of docs/baselines.md: every system on MIT Movie.
+"""The tables of docs/baselines.md and README.md: every system on MIT Movie.
 
     make compare                                              all of them, three seeds
     python -m benchmarks.systems --systems bilstm-crf --device cuda
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from minibert.study.systems import SEEDLESS, SYSTEMS, Measured, Plan, run, table
 
 PAGE = runs.ROOT / "docs" / "baselines.md"
 NOT_RUN = "Not run yet: {}."
+README = runs.ROOT / "README.md"
+SHORT = ("system", "parameters", "entity F1", "token micro-F1 with O", "reported", "seeds")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,13 +35,20 @@ def main(arguments: list[str] | None = None) -> None:
         seeds = (0,) if system in SEEDLESS else tuple(options.seeds)
         measured = [asdict(found) for found in run(Plan([system], seeds, chosen))]
         runs.keep(f"systems-{system}", {"runs": measured})
-        runs.replace_section(PAGE, "compare", section(runs.RESULTS))
+        refresh(runs.RESULTS)
 
 
-def section(folder: Path) -> str:
-    """The newest results of all systems as a table, and where they are from."""
+def refresh(folder: Path) -> None:
+    """Regenerate both tables."""
+    runs.replace_section(PAGE, "compare", section(folder))
+    runs.replace_section(README, "compare", section(folder, SHORT))
+
+
+def section(folder: Path, only: Sequence[str] = ()) -> str:
+    """The newest results of all systems as a table with these columns, and where they are from."""
     measured: list[Measured] = []
-    sources, missing = [], []
+    sources: dict[str, list[str]] = {}
+    missing = []
     for system in SYSTEMS:
         paths = sorted(folder.glob(f"systems-{system}-2*.json"))
         if not paths:
@@ -46,8 +56,11 @@ def section(folder: Path) -> str:
             continue
         found = json.loads(paths[-1].read_text())
         measured += [Measured(**of_seed) for of_seed in found["runs"]]
-        sources.append(f"{system} on {found['machine']['device']}, {found['date']}")
-    lines = [table(measured), "", f"`make compare`{': ' if sources else ''}{'; '.join(sources)}."]
+        threads = found["machine"]["threads"]
+        source = f"{found['machine']['device']}, {threads} thread{'s' * (threads > 1)}, "
+        sources.setdefault(source + found["date"], []).append(system)
+    ran = "; ".join(f"{', '.join(systems)} on {source}" for source, systems in sources.items())
+    lines = [table(measured, only), "", f"`make compare`{': ' if ran else ''}{ran}."]
     if missing:
         lines += ["", NOT_RUN.format(", ".join(missing))]
     return "\n".join(lines)

@@ -240,7 +240,11 @@ def test_every_kind_of_cpu_has_a_column_of_its_newest_run(tmp_path: Path) -> Non
 def test_the_documents_have_the_tables_of_the_results_in_the_repository() -> None:
     results = report.newest(runs.RESULTS)
     sections = {
-        "README.md": [("speed", report.summary(results)), ("scores", scores.table())],
+        "README.md": [
+            ("speed", report.summary(results)),
+            ("scores", scores.table()),
+            ("compare", systems.section(runs.RESULTS, systems.SHORT)),
+        ],
         "docs/speed.md": [("speed", report.page(results))],
         "docs/baselines.md": [("compare", systems.section(runs.RESULTS))],
     }

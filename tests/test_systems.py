@@ -132,11 +132,13 @@ def test_the_table_and_the_chart(tmp_path: Path) -> None:
     for line, (name, f1) in zip(lines[4:], REPORTED.items()):
         assert line.startswith(f"| {name}, in the paper |")
         assert f"| {f1:.2f} |" in line
-    result = {"date": "2026-11-28", "machine": {"device": "x86_64"}, "runs": [asdict(one)]}
+    result = {"date": "2026-11-28", "machine": {"device": "x86_64", "threads": 1}}
+    result["runs"] = [asdict(one)]
     for date, f1 in (("2026-11-27", 1.0), ("2026-11-28", 78.0)):
         result["runs"][0]["entity_f1"] = f1
         (tmp_path / f"systems-hmm-{date}.json").write_text(json.dumps(result))
     kept = section(tmp_path)
+    assert "`make compare`: hmm on x86_64, 1 thread, 2026-11-28." in kept
     assert "| hmm | 2.50 M | 78.00 |" in kept
     assert kept.endswith("Not run yet: crf, bilstm-crf, bert, bert-crf.")
     write_png(runs, tmp_path / "chart.png")

@@ -153,8 +153,13 @@ def _speed(tagger: WordTagger, sentences: Sequence[Sequence[str]]) -> float:
     return words / (time.perf_counter() - started)
 
 
-def table(measured: Sequence[Measured]) -> str:
-    """Markdown: a row for each system, its seeds as mean ± standard deviation."""
+def table(measured: Sequence[Measured], only: Sequence[str] = ()) -> str:
+    """Markdown: a row for each system, its seeds as mean ± standard deviation.
+
+    Args:
+        measured: the seeds of a system in a row.
+        only: titles of columns; empty: all.
+    """
     columns: dict[str, Callable[[list[Measured]], str]] = {
         "system": lambda runs: runs[0].system,
         "parameters": lambda runs: f"{runs[0].parameters / 1e6:.2f} M",
@@ -167,6 +172,7 @@ def table(measured: Sequence[Measured]) -> str:
         "peak memory, MB": lambda runs: f"{max(run.memory_mb for run in runs):.0f}",
         "seeds": lambda runs: str(len(runs)),
     }
+    columns = {title: columns[title] for title in only or columns}
     rows = [[show(runs) for show in columns.values()] for runs in _by_system(measured)]
     for name, f1 in REPORTED.items():
         reported = {"system": f"{name}, in the paper", "reported": f"{f1:.2f}"}
