@@ -318,6 +318,7 @@ def test_sighup_leaves_nothing(folder: Path, tmp_path: Path) -> None:
         [sys.executable, "-m", "minibert.cli", "tag", folder, "--output", out],
         env=os.environ | fuzz.ENVIRONMENT,
         stdin=reading,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     while not out.parent.exists() or not list(out.parent.iterdir()):
         assert running.poll() is None

@@ -132,6 +132,7 @@ def train_here(
     import torch
     from tqdm import tqdm
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
     os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # tqdm's default lock outlives a killed process
 
