@@ -136,8 +136,7 @@ class ByteLinear:
     batch. Integers are -127 to 127 for x and -64 to 64 for W. AVX2's vpmaddubsw takes x plus 128 as
     an unsigned byte and adds two products in 16 bits, which hold 2 · 255 · 64. Newer instructions
     could take larger ones, but then the labels would depend on the kind of CPU. Rows of x have the
-    larger outliers: with x in -63 to 63 and W in -127 to 127, the labels' probabilities change
-    about twice as much (KL divergence, MiniLM on MIT Movie).
+    larger outliers, so x has the eighth bit.
 
     Args:
         weight_OI: (out, in), float32, on the CPU.
@@ -162,7 +161,7 @@ class ByteLinear:
             self.packed = torch.ops.quantized.linear_prepack(rounded_OI)
         finally:
             torch.backends.quantized.engine = before
-        self.bias_O, self.tiny = bias_O.detach(), torch.tensor(TINY)
+        self.bias_O, self.tiny = bias_O.detach(), self.scale_O.new_tensor(TINY)
 
     def __reduce__(self) -> tuple:
         """Copy and pickle as the rounded weight, in float64, which holds its numbers exactly."""

@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 
 from minibert.tagging.stream import progress
+from minibert.text import labelling
 from minibert.text.bio import Sentence, label_ids
-from minibert.text.labelling import WordTagger, names
 from minibert.text.metrics import EntityScores, Score, TokenScores, entity_scores, token_scores
 
 COLUMNS = 80  # of a terminal
@@ -120,7 +120,7 @@ def unknown_tags(sentences: Sequence[Sentence], labels: Sequence[str], source: P
 
 
 def evaluate(
-    tagger: WordTagger,
+    tagger: labelling.WordTagger,
     sentences: Sequence[Sentence],
     source: Path | str,
     min_score: float = 0.0,
@@ -140,7 +140,7 @@ def evaluate(
     true = [list(sentence.tags) for sentence in sentences]
     labels = tagger.label(sentence.words for sentence in sentences)
     shown = progress(labels, "sentences", len(sentences))
-    predicted = [names(sentence, min_score) for sentence in shown]
+    predicted = [labelling.names(sentence, min_score) for sentence in shown]
     return Report(
         len(sentences),
         token_scores(true, predicted),
