@@ -106,6 +106,7 @@ def test_a_tagger_is_prepacked_by_default(directory: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="cannot be trained"):
         fast.model.train()
     assert not fast.model.eval().training
+    assert not fast.model(torch.tensor([[1, 2, 3]])).logits.requires_grad
 
 
 def test_the_reason_for_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:

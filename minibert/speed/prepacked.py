@@ -7,7 +7,7 @@ the products. Here the weights are packed once, and q, k and v are one product.
 ``BlockedLinear``  oneDNN, in fp32, bf16 or fp16
 ``HalfLinear``     FBGEMM: weights rounded to fp16, products in fp32; for CPUs without bf16
 ``JoinedLinear``   torch's product, for a GPU, which packs nothing: only q, k and v are joined
-``ByteLinear``     FBGEMM: weights and activations rounded to int8; only where int8 is requested
+``ByteLinear``     FBGEMM and oneDNN: weights and activations in int8; only where it is requested
 
 The plain layers (model/encoder.py) stay the reference. Prepacked layers sum in another order, so
 their last bits differ; they cannot be trained, saved or traced. Shape legend: see model/layout.py.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ HALF = ("quantized::linear_prepack_fp16", "quantized::linear_dynamic_fp16")
 BYTE = (
     "aten::quantize_per_channel",
     "quantized::linear_with_input_q_dq_qweight_dq_output_fp32",
+    "onednn::qlinear_prepack",
+    "onednn::qlinear_pointwise",
 )
 
 # Measured on an AMD EPYC (Zen 3) with AVX2 alone, 2026-11-25: oneDNN's erf GELU takes five times as
@@ -43,6 +45,10 @@ BYTE = (
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 TINY = torch.finfo(torch.float32).tiny  # the least scale: a constant row has no range to divide by
+
+# Above 2^23 neighbouring float32 numbers differ by 1: adding this to a number rounds it to the
+# nearest even integer, and leaves that integer plus 128 in the last byte.
+ROUNDING = 1.5 * 2**23 + 128
 
 
 def _gelu(x_NF: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ class HalfLinear:
 
 
 class ByteLinear:
-    """x Wᵀ + b by FBGEMM in integers: W and x rounded to int8, sums exact in int32.
+    """x Wᵀ + b in integers: W and x rounded to int8, sums exact in int32.
 
     Each row of W and of x has a scale, so a word-piece's result depends on nothing else in its
     batch. Integers are -127 to 127 for x and -64 to 64 for W. AVX2's vpmaddubsw takes x plus 128 as
@@ -138,17 +144,22 @@ class ByteLinear:
     could take larger ones, but then the labels would depend on the kind of CPU. Rows of x have the
     larger outliers, so x has the eighth bit.
 
+    FBGEMM multiplies few rows faster, oneDNN many. They get the same integers, so their results
+    have the same bits.
+
     Args:
         weight_OI: (out, in), float32, on the CPU.
         bias_O: (out,), float32.
     """
 
-    what = "products in int8 by FBGEMM"
+    what = "products in int8 by FBGEMM and oneDNN"
+    many = 192  # rows from which on oneDNN is faster
+    part = 252  # rows that are rounded together: three passes that find them in the cache
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         weight_OI = weight_OI.detach()
         self.scale_O = weight_OI.abs().amax(1).div(64).float().clamp_min(TINY)
-        zero_O = torch.zeros_like(self.scale_O, dtype=torch.int32)
+        self.zero_O = torch.zeros_like(self.scale_O, dtype=torch.int32)
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
         try:
@@ -156,28 +167,56 @@ class ByteLinear:
                 # Once torch drops its quantised tensors, ``choose_int8`` says so.
                 warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
                 rounded_OI = torch.quantize_per_channel(
-                    weight_OI.float(), self.scale_O.double(), zero_O, 0, torch.qint8
+                    weight_OI.float(), self.scale_O.double(), self.zero_O, 0, torch.qint8
                 )
             self.packed = torch.ops.quantized.linear_prepack(rounded_OI)
         finally:
             torch.backends.quantized.engine = before
         self.bias_O, self.tiny = bias_O.detach(), self.scale_O.new_tensor(TINY)
 
+    def _rounded(self) -> Tensor:
+        """The integers (out, in)."""
+        return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """The weights for oneDNN, made when many rows come first: one sentence needs none."""
+        rounded_OI = self._rounded()
+        return torch.ops.onednn.qlinear_prepack(rounded_OI, [2016, rounded_OI.shape[1]])
+
     def __reduce__(self) -> tuple:
         """Copy and pickle as the rounded weight, in float64, which holds its numbers exactly."""
-        rounded_OI = torch.ops.quantized.linear_unpack(self.packed)[0]
-        scale_O1 = self.scale_O.double().unsqueeze(1)
-        return type(self), (rounded_OI.int_repr() * scale_O1, self.bias_O)
+        return type(self), (self._rounded() * self.scale_O.double().unsqueeze(1), self.bias_O)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out). A row that is not finite gives a row that is not finite."""
+        y_NO, scale_N1 = self._few(x_NI) if len(x_NI) < self.many else self._many(x_NI)
+        return torch.addcmul(self.bias_O, y_NO, scale_N1, out=y_NO)
+
+    def _few(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+        scaled_NI, scale_N1 = self._scaled(x_NI)
+        linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        return linear(scaled_NI.round_(), 1.0, 128, self.packed), scale_N1
+
+    def _many(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+        unsigned_NI = torch.empty_like(x_NI, dtype=torch.uint8)
+        scale_N1 = x_NI.new_empty(len(x_NI), 1)
+        for x, unsigned, scale in zip(*(t.split(self.part) for t in (x_NI, unsigned_NI, scale_N1))):
+            scaled, scale[:] = self._scaled(x)
+            unsigned.copy_(scaled.add_(ROUNDING).view(torch.int32))
+        y_NO = torch.ops.onednn.qlinear_pointwise.default(
+            *(unsigned_NI, 1.0, 128),
+            *(self.blocks, self.scale_O, self.zero_O),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),  # no bias, a float32 sum, nothing fused
+        )
+        return y_NO, scale_N1
+
+    def _scaled(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, divided by their scales into -127 to 127, and the scales (N, 1)."""
         buffer_NI = x_NI.abs()
         # One operation in place of a division and a clamp: a row of zeros has a scale too.
         scale_N1 = torch.add(self.tiny, buffer_NI.amax(1, keepdim=True), alpha=1 / 127)
-        rounded_NI = torch.div(x_NI, scale_N1, out=buffer_NI).round_()
-        linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        y_NO = linear(rounded_NI, 1.0, 128, self.packed)
-        return torch.addcmul(self.bias_O, y_NO, scale_N1, out=y_NO)
+        return torch.div(x_NI, scale_N1, out=buffer_NI), scale_N1
 
     def gelu(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out), then GELU."""
@@ -263,7 +302,7 @@ def choose_int8(device: torch.device) -> Chosen[Linear | None]:
     for name in BYTE:
         if not _is_there(name):
             return Chosen(None, f"torch {torch.__version__} has no {name}")
-    return Chosen(ByteLinear, "FBGEMM multiplies int8 and sums in int32")
+    return Chosen(ByteLinear, "FBGEMM and oneDNN multiply int8 and sum in int32")
 
 
 def _is_there(operation: str) -> bool:
@@ -377,7 +416,7 @@ class PrepackedClassifier(nn.Module):
 def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
     """Replace the encoder layers of a model in eval mode with prepacked ones.
 
-    On a CPU also the classifier.
+    On a CPU also the classifier. No parameter takes a gradient any more.
 
     Args:
         model: where it will run.
@@ -398,3 +437,4 @@ def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
     embeddings = model.bert.embeddings
     del model.bert.embeddings
     model.bert.embeddings = embeddings
+    model.requires_grad_(False)
