@@ -32,7 +32,13 @@ NAMES = (
 @torch.inference_mode()
 def test_latency(race: Callable, work: Workload) -> None:
     names = filter(workload.runs_here, NAMES)
-    race(names, lambda name: build(name, work), work.plan.turns, warm_up=3)
+    race(
+        names,
+        lambda name: build(name, work),
+        work.plan.turns,
+        warm_up=3,
+        pause=bench_inference.PAUSE,
+    )
 
 
 def build(name: str, work: Workload) -> Callable[[], dict]:

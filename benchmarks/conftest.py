@@ -11,6 +11,7 @@ Run one part with ``python -m pytest benchmarks/bench_latency.py``, all with ``m
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Iterable
 from itertools import cycle
 from pathlib import Path
@@ -50,6 +51,7 @@ def race(benchmark) -> Callable[..., dict[Any, dict[str, Any]]]:
         build: Callable[[Any], Callable[[], dict[str, Any] | None]],
         turns: int,
         warm_up: int = 1,
+        pause: float = 0.0,  # seconds between turns
     ) -> dict[Any, dict[str, Any]]:
         runs: dict[Hashable, Callable[[], dict[str, Any] | None]] = {}
         for name in names:
@@ -63,9 +65,13 @@ def race(benchmark) -> Callable[..., dict[Any, dict[str, Any]]]:
         def turn(name: Hashable) -> None:
             numbers[name] = runs[name]() or {}
 
+        def rest() -> tuple[tuple[Hashable], dict[str, Any]]:
+            time.sleep(pause)
+            return (next(order),), {}
+
         benchmark.pedantic(
             turn,
-            setup=lambda: ((next(order),), {}),
+            setup=rest,
             rounds=turns * len(runs),
             warmup_rounds=warm_up * len(runs),
         )
