@@ -113,9 +113,9 @@ def test_a_stream_reads_no_more_than_a_pool_ahead(directory: Path) -> None:
 def test_weights_that_are_not_finite(directory: Path) -> None:
     embedder = Embedder.from_pretrained(directory, device="cpu", prepack=False)
     with torch.no_grad():
-        embedder.model.bert.layers[0].feed_forward.up.weight[0] = torch.inf
-    with pytest.raises(MinibertError, match="the vectors are not finite"):
-        embedder("jaws")
+        embedder.model.bert.embeddings.word.weight[embedder.tokenizer.encode("b")[1]] = torch.inf
+    with pytest.raises(MinibertError, match="the vector is not finite for 'a b': the model's"):
+        embedder(["a", "a b", "a a a"])
 
 
 def test_the_command_writes_json_lines_and_arrays(

@@ -13,7 +13,7 @@ import torch
 from builders import small_checkpoint, write_bio
 from torch import Tensor
 
-from minibert import Embedder, Label, Tagger, evaluate
+from minibert import BertForTokenClassification, Embedder, Label, Tagger, evaluate
 from minibert.files import MinibertError
 from minibert.speed import prepacked
 from minibert.speed.prepacked import ByteLinear, choose_int8
@@ -206,6 +206,23 @@ def test_where_int8_cannot_run(
     )
 
 
+def test_texts_without_a_word(directory: Path) -> None:
+    tagger = Tagger.from_pretrained(directory, dtype="int8", device="cpu")
+    assert tagger([]) == []
+    assert tagger(["", " "]) == [[], []]
+    assert tagger("") == []
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    model = BertForTokenClassification.from_pretrained(small_checkpoint(tmp_path))
+    model.bert.layers[0].feed_forward.up.weight.data[3, 5] = value
+    model.save_pretrained(tmp_path)
+    tagger = Tagger.from_pretrained(tmp_path, dtype="int8", device="cpu")
+    with pytest.raises(MinibertError, match="scores are not finite for 'who directed jaws'"):
+        tagger("who directed jaws")
+
+
 def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tagger = Tagger.from_pretrained(small_checkpoint(tmp_path), dtype="int8", device="cpu")
     _, piece, _ = tagger.tokenizer.encode("b")
@@ -213,6 +230,9 @@ def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     list(tagger.tag_texts(["a a", "a"]))
     with pytest.raises(MinibertError, match="scores are not finite for 'a b': its weights"):
         list(tagger.tag_texts(["a", "a b", "a a a"]))
+    in_windows = "a " * tagger.model.config.max_length + "b"
+    with pytest.raises(MinibertError, match="scores are not finite for 'a a a a"):
+        list(tagger.tag_texts(["a", in_windows]))
 
 
 def test_evaluate_compares_two_dtypes(directory: Path, tmp_path: Path, command: Callable) -> None:

@@ -165,10 +165,13 @@ class Embedder:
             vectors = [torch.empty(0, device="cpu")] * len(examples)
             for group, vectors_BD in under_way:
                 on_cpu = vectors_BD.cpu()
-                if not on_cpu.isfinite().all():
+                finite = on_cpu.isfinite().all(1).tolist()
+                if not all(finite):
+                    text = texts[group[finite.index(False)].sentence]
                     raise MinibertError(
-                        "the vectors are not finite: the model's weights are damaged, or too large "
-                        f"for {self.model.dtype}: download them again, or try --dtype fp32"
+                        f"the vector is not finite for {text[:60]!r}: the model's weights are "
+                        f"damaged, or too large for {self.model.dtype}: download them again, or "
+                        "try --dtype fp32"
                     )
                 for example, vector in zip(group, on_cpu):
                     vectors[example.sentence] = vector
