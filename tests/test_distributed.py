@@ -77,7 +77,9 @@ def assert_same_to_rounding(output: Path, expected: Path) -> None:
     assert (output / "report.json").read_bytes() == (expected / "report.json").read_bytes()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["packed", "accumulated", pytest.param("padded", marks=pytest.mark.slow)]
+)
 def test_two_processes_have_the_curve_and_the_scores_of_one(
     files: Path, tmp_path: Path, layout: str
 ) -> None:
