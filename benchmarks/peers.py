@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -89,9 +90,16 @@ def onnxruntime_model(model: nn.Module, folder: Path, int8: bool = False) -> Pre
 
 
 def openvino_model(
-    model: nn.Module, folder: Path, precision: str, calibration: Sequence[Inputs] = ()
+    model: nn.Module,
+    folder: Path,
+    precision: str,
+    calibration: Sequence[Inputs] = (),
+    streams: int = 1,
 ) -> Predict:
-    """``precision``: "fp32", "bf16" or "int8", which is calibrated on real batches."""
+    """``precision``: "fp32", "bf16" or "int8", which is calibrated on real batches.
+
+    ``streams``: batches computed at once, if as many threads call.
+    """
     need("openvino")
     import openvino
 
@@ -99,7 +107,7 @@ def openvino_model(
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": streams,
     }
     path = onnx_file(model, folder)
     if precision == "int8":
@@ -108,9 +116,15 @@ def openvino_model(
             openvino.save_model(_quantised(core.read_model(path), calibration), small)
         path = small
     network = core.compile_model(core.read_model(path), "CPU", settings)
+    requests: SimpleQueue = SimpleQueue()
+    for _ in range(streams):
+        requests.put(network.create_infer_request())
 
     def predict(inputs: Inputs) -> Tensor:
-        return torch.from_numpy(network({name: x.numpy() for name, x in inputs.items()})[0])
+        request = requests.get()
+        logits = request.infer({name: x.numpy() for name, x in inputs.items()})[0]
+        requests.put(request)
+        return torch.from_numpy(logits)
 
     return predict
 
