@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from builders import small_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minibert
@@ -174,6 +177,38 @@ def test_a_weight_too_large_for_fp16_is_refused(
         f"{directory}: a weight of 100000 is too large for fp16: use it with --dtype fp32"
     )
     Tagger.from_pretrained(directory, device="cpu", dtype="fp32")
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    with pytest.raises(MinibertError, match="do not match the hash"):  # a damaged file comes first
+        Tagger.from_pretrained(directory, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "auto", "int8"])
+def test_a_model_prepacked_while_it_is_loaded_has_the_same_bits(tmp_path: Path, dtype: str) -> None:
+    """Here layer 10 comes after layer 1, and each layer is split over two files."""
+    directory = small_checkpoint(tmp_path, num_hidden_layers=11)
+    tagger = Tagger.from_pretrained(directory, dtype=dtype, device="cpu")
+    whole = directory / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    parts = {f"{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+    for file, part in parts.items():
+        save_file(part, directory / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    split = Tagger.from_pretrained(directory, dtype=dtype, device="cpu")
+    net = BertForTokenClassification.from_pretrained(
+        directory, attn_implementation="auto", dtype=tagger.model.dtype
+    )
+    if not isinstance(tagger.model.bert.layers[0], EncoderLayer):
+        prepack(net, type(tagger.model.bert.layers[0].qkv))
+    _, inputs, _ = batch(MIXES["mixed"])
+    with torch.no_grad():
+        expected = net(**inputs).logits
+        assert torch.equal(tagger.model(**inputs).logits, expected)
+        assert torch.equal(split.model(**inputs).logits, expected)
+    assert [name for name, _ in tagger.model.named_modules()] == [n for n, _ in net.named_modules()]
 
 
 @given(st.integers(1, 100_000))

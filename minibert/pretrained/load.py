@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypedDict, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibert.files import MinibertError, write_text
@@ -68,6 +68,7 @@ def model(
     dtype: str | torch.dtype = "fp32",
     device: torch.device | str = "cpu",
     seed: int | None = None,
+    convert_layer: Callable[[EncoderLayer], nn.Module] | None = None,
 ) -> Model:
     """Load a checkpoint. Parameters that it lacks, such as a new classifier, are initialised.
 
@@ -80,6 +81,8 @@ def model(
         dtype: of the parameters: "fp32", "bf16", "fp16", "auto" or a torch.dtype.
         device: of the parameters.
         seed: for the missing parameters; None draws from the generator's current state.
+        convert_layer: gets each encoder layer, on the CPU, as soon as its parameters are there, and
+            gives what takes its place; of the plain layers, memory then holds about one at a time.
 
     Returns:
         The model in eval mode, with a ``load_report`` of what was unused and what is new.
@@ -114,7 +117,9 @@ def model(
         if seed is not None:
             torch.manual_seed(seed)
         source = directory / weights.WEIGHTS
-        made.load_report = fill(made, checkpoint, dtype, config.initializer_range, source)
+        made.load_report = fill(
+            made, checkpoint, dtype, config.initializer_range, source, convert_layer
+        )
         return made.to(device).eval()
 
 
@@ -180,6 +185,7 @@ def fill(
     dtype: torch.dtype,
     initializer_range: float,
     source: Path | str,
+    convert_layer: Callable[[EncoderLayer], nn.Module] | None = None,
 ) -> LoadReport:
     """Set the parameters of a model built under ``Blank``; initialise those that are missing.
 
@@ -189,6 +195,7 @@ def fill(
         dtype: of the parameters; missing ones are drawn in it.
         initializer_range: standard deviation of drawn weights.
         source: for messages about the whole checkpoint.
+        convert_layer: see ``model``.
 
     Raises:
         MinibertError: a tensor of another shape, or not floating point; most are missing; or a
@@ -248,22 +255,30 @@ def fill(
         for name, original in redundant.items()
         if name in tensors and original in tensors and original in names.values()
     }
-    found = {n: t.to(dtype) for n, t in checkpoint.read({*names.values(), *tied})}
+    initialised = [theirs for theirs in names.values() if theirs not in tensors]
+    own = {theirs: ours for ours, theirs in names.items()}
+    for name in initialised:
+        wanted = tuple(model.get_parameter(own[name]).shape)
+        _set(model, own[name], initial(own[name], wanted, dtype, initializer_range))
+    copies, layers = {}, model.bert.layers
+    for name, tensor in checkpoint.read({*own, *tied}):  # sorted: all of a layer, then the next
+        if name in tied:
+            copies[name] = tensor.to(dtype)
+            continue
+        _set(model, own[name], tensor.to(dtype))
+        if convert_layer and own[name].startswith("bert.layers."):
+            i = int(own[name].split(".")[2])
+            if not any(parameter.is_meta for parameter in layers[i].parameters()):
+                layers[i] = convert_layer(cast(EncoderLayer, layers[i]))
     for name, original in tied.items():
-        if not torch.equal(found[name], found[original]):
+        if not torch.equal(copies[name], model.get_parameter(own[original])):
             raise MinibertError(
                 f"{tensors[name].path}: {name} differs from {original}, to which it is tied: "
                 "use a checkpoint with tied embeddings"
             )
-    state, initialised = {}, []
-    for ours, theirs in names.items():
-        if theirs in found:
-            state[ours] = found[theirs]
-        else:
-            wanted = tuple(model.get_parameter(ours).shape)
-            state[ours] = initial(ours, wanted, dtype, initializer_range)
-            initialised.append(theirs)
-    model.load_state_dict(state, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     return LoadReport(tuple(unused), tuple(initialised))
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    module, _, parameter = name.rpartition(".")
+    setattr(model.get_submodule(module), parameter, nn.Parameter(value))

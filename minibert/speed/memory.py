@@ -1,12 +1,13 @@
-"""How a CPU process gets its memory: huge pages, and freed blocks kept for the next step.
+"""How a CPU process gets its memory: huge pages; freed blocks kept for the next step, or returned.
 
-``minibert`` and ``train.py`` set this up for themselves. Neither setting changes a result.
+``minibert`` and ``train.py`` set this up for themselves. None of it changes a result.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 
 
 def use_huge_pages() -> None:
@@ -34,3 +35,12 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
     kept = libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, (1 << 31) - 1)
     return bool(kept)
+
+
+def release_freed_memory() -> None:
+    """Have glibc return freed pages to the system, also those between blocks in use.
+
+    What loading a model frees lies between packed weights of other sizes, which leave gaps.
+    """
+    with suppress(OSError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -426,10 +426,9 @@ def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
         ValueError: a weight is too large for the linear layer's format.
     """
     layers = model.bert.layers
-    for i in range(len(layers)):
-        layer = layers[i]
-        assert isinstance(layer, EncoderLayer)
-        layers[i] = PrepackedLayer(layer, linear)
+    for i, layer in enumerate(layers):
+        if isinstance(layer, EncoderLayer):  # not yet prepacked, as while loading
+            layers[i] = PrepackedLayer(layer, linear)
     if isinstance(model.head, TokenClassificationHead) and linear is not JoinedLinear:
         classifier = PrepackedClassifier(model.head.classifier)
         model.head.classifier = classifier  # type: ignore[assignment]  # it takes the same calls

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minibert.files import MinibertError
 from minibert.machine import choose_device, choose_dtype, cpu_by_default
 from minibert.model.config import FAMILIES
+from minibert.model.encoder import EncoderLayer
 from minibert.model.heads import BertForTokenClassification, BertWithHead
-from minibert.pretrained import hub
+from minibert.pretrained import hub, load
 from minibert.pretrained.tokenizer import Tokenizer
-from minibert.speed import prepacked
+from minibert.speed import memory, prepacked
 from minibert.speed.cuda_graphs import choose_inference
 from minibert.tagging.stream import pools, read_ahead
 from minibert.tagging.words import Entities, Entity, Label, Words, entities, join, split
@@ -335,8 +336,22 @@ def open_model(
             )
     else:
         found = prepacked.choose(where, chosen, may_round=dtype == "auto")
-    model = kind.from_pretrained(
-        directory, attn_implementation=attn_implementation, dtype=chosen, device=where
+    linear = found.value if prepack else None
+
+    def convert(layer: EncoderLayer) -> nn.Module:
+        memory.release_freed_memory()  # of the layer before
+        try:
+            return prepacked.PrepackedLayer(layer.to(where), linear) if linear else layer
+        except ValueError:  # ``prepack`` raises it again, once the files are found to be whole
+            return layer
+
+    model = load.model(
+        kind,
+        directory,
+        attn_implementation=attn_implementation,
+        dtype=chosen,
+        device=where,
+        convert_layer=convert,
     )
     tokenizer = Tokenizer.from_pretrained(directory)
     if model.load_report.initialised:
@@ -345,9 +360,9 @@ def open_model(
             "train it first with train.py"
         )
     tokenizer.check_fits(model.config.vocab_size)
-    if prepack and found.value:
+    if linear:
         try:
-            prepacked.prepack(model, found.value)
+            prepacked.prepack(model, linear)
         except ValueError as error:
             raise MinibertError(f"{directory}: {error}: use it with --dtype fp32") from None
     return model, tokenizer
