@@ -13,7 +13,8 @@ from benchmarks.workload import Workload
 
 
 def test_memory(race: Callable, work: Workload) -> None:
-    sides = ["minibert, tag", "transformers, tag", "minibert, train", "transformers, train"]
+    sides = ["minibert, tag", "minibert int8, tag", "transformers, tag"]
+    sides = [*filter(workload.runs_here, sides), "minibert, train", "transformers, train"]
     growing = [f"minibert tag MiniLM, {count} sentences" for count in work.plan.corpora]
     race([*sides, *growing], lambda name: build(name, work), turns=1, warm_up=0)
 
@@ -37,6 +38,8 @@ def build(name: str, work: Workload) -> Callable[[], dict]:
         command = [*python, "benchmarks.child", "tag", directory, file]
         return lambda: {"peak_mb": run_child(command)}
     command = [*python, "minibert.cli", "tag", directory]
+    if side == "minibert int8":
+        command += ["--dtype", "int8"]
     found = {} if what == "tag" else {"sentences": count}
     return lambda: found | {"peak_mb": run_child(command, file)}
 
