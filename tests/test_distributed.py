@@ -27,7 +27,7 @@ ROUNDING = 20 * torch.finfo(torch.float32).eps
 LAYOUTS = {
     "padded": ("--layout", "longest"),
     "packed": ("--layout", "packed"),
-    "accumulated": ("--accumulate", "3", "--batch-size", "3"),
+    "accumulated": ("--accumulate", "3", "--batch-size", "3", "--r-drop", "1"),
 }
 
 

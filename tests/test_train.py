@@ -140,6 +140,14 @@ def test_a_run_with_nothing_to_evaluate_on(files: Path, small: Path, tmp_path: P
         (("--model", "{small}", "--corpus", "demo", "--layout", "wide"), "layout must be packed"),
         (("--model", "{small}", "--corpus", "demo", "--device", "warp"), "device 'warp'"),
         (("--model", "{small}", "--corpus", "demo", "--optimizer", "sgd"), "optimizer must be"),
+        (
+            ("--model", "{small}", "--corpus", "demo", "--r-drop", "-1"),
+            "r_drop must not be negative",
+        ),
+        (
+            ("--model", "{small}", "--r-drop", "1", "--head", "crf"),
+            "--r-drop 1.0 needs --head linear",
+        ),
     ],
 )
 def test_bad_input_is_said_before_anything_is_written(

@@ -14,17 +14,18 @@ in between whether it happens. Shape legend: see layout.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minibert.files import MinibertError
 from minibert.machine import Chosen
-from minibert.model.heads import BertWithHead, TokenClassificationHead
+from minibert.model.config import BertConfig
+from minibert.model.heads import BertOutput, BertWithHead, TokenClassificationHead
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
 from minibert.speed.cuda.seeds import one_draw
@@ -227,6 +228,18 @@ class Recorder:
         return Recording(graph.replay, result)
 
 
+class Trained(Protocol):
+    """A model whose output has a loss."""
+
+    config: BertConfig
+
+    def __call__(self, **inputs: Tensor | Packed) -> BertOutput:
+        """Run it."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that the loss depends on."""
+
+
 class Graphs:
     """Loss and gradients of packed batches, with one CUDA graph per size of batch.
 
@@ -239,7 +252,7 @@ class Graphs:
 
     def __init__(
         self,
-        model: BertWithHead,
+        model: Trained,
         dtype: torch.dtype,
         record: Record,
         most: int = MOST,

@@ -89,7 +89,13 @@ def parse(
     options = _parsed(parser, argv, RECIPES)
     if options.graphs and options.head != "linear":
         parser.error("--graphs needs --head linear: a chain of labels has no fixed length")
-    return options, _recipe(parser, options, RECIPES[options.recipe])
+    recipe = _recipe(parser, options, RECIPES[options.recipe])
+    if recipe.r_drop and options.head != "linear":
+        parser.error(
+            f"--r-drop {recipe.r_drop} needs --head linear: it compares the probabilities of each "
+            "word alone"
+        )
+    return options, recipe
 
 
 def parse_pretraining(

@@ -18,6 +18,7 @@ from minibert.processes import Team
 from minibert.speed.cuda.seeds import one_draw
 from minibert.speed.cuda_graphs import Graphs, Recorder, choose
 from minibert.text.batches import Batch, Example, packed, padded
+from minibert.training.r_drop import RDrop
 from minibert.training.recipe import Recipe
 from minibert.training.resume import Training
 
@@ -46,7 +47,7 @@ class Step:
 
     Args:
         run: model, optimizer and loss scaler.
-        recipe: layout, clip and accumulate.
+        recipe: layout, clip, accumulate and r_drop.
         dtype: of autocast; float32 for none.
         team: the processes that share every batch.
         pad_id: the tokenizer's padding piece.
@@ -70,14 +71,15 @@ class Step:
         self.optimizer, self.scaler = run.optimizer, run.scaler
         self.recipe, self.team, self.pad_id = recipe, team, pad_id
         self.graphs = None
+        model = RDrop(run.model, recipe.r_drop) if recipe.r_drop else run.model
         self.uses_graphs = choose(
             use_graphs, run.model, recipe.layout, recipe.accumulate, team.size
         )
         if self.uses_graphs.value:
-            self.graphs = Graphs(run.model, dtype, Recorder(team.device))
+            self.graphs = Graphs(model, dtype, Recorder(team.device))
         self.autocast = torch.autocast(team.device.type, dtype, enabled=dtype != torch.float32)
         with self.autocast:
-            self.model = team.wrap(run.model, **self.collate([example]).inputs)
+            self.model = team.wrap(model, **self.collate([example]).inputs)
 
     def backward(self, batches: Sequence[Sequence[Example]]) -> Tensor:
         """Run both passes over the batches of a step; the gradients add up in the parameters.

@@ -1,0 +1,59 @@
+"""R-Drop: every batch runs twice, and the two passes should agree (Liang et al. 2021).
+
+    loss = (CE(p) + CE(q)) / 2  +  weight * (KL(p || q) + KL(q || p)) / 2
+
+p and q are a word's probabilities under two dropout masks. Inference runs without a mask, as no
+pass of training did; passes that agree with each other are closer to it. Training takes twice as
+long, and inference stays as it is. arXiv:2106.14448; the weight is alpha as in the authors' code,
+https://github.com/dropreg/R-Drop (equation 4 of the paper adds the two cross-entropies: its alpha
+is twice this one). Shape legend: model/layout.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minibert.model.heads import BertOutput, BertWithHead
+from minibert.model.labels import IGNORE
+from minibert.model.layout import Packed
+
+
+class RDrop(nn.Module):
+    """A model in train mode, as one with another loss.
+
+    Args:
+        model: its head scores every token, and its loss is the mean cross-entropy over the labels.
+        weight: of the disagreement.
+    """
+
+    def __init__(self, model: BertWithHead, weight: float):
+        super().__init__()
+        self.model, self.weight = model, weight
+        self.config = model.config
+
+    def forward(self, *, labels: Tensor, **inputs: Tensor | Packed) -> BertOutput:
+        """Both passes over one batch, with the arguments of the model.
+
+        Returns:
+            The logits of the first pass, and the loss of both.
+        """
+        p, q = (self.model(labels=labels, **inputs) for _ in range(2))
+        cross_entropy = (p.loss + q.loss) / 2
+        return BertOutput(
+            p.logits, cross_entropy + self.weight * disagreement(p.logits, q.logits, labels)
+        )
+
+
+def disagreement(p_NL: Tensor, q_NL: Tensor, labels_N: Tensor) -> Tensor:
+    """The mean of both KL divergences, and over the labels that are not ``IGNORE``: a scalar.
+
+    Args:
+        p_NL, q_NL: scores; any leading axes, those of ``labels_N``.
+        labels_N: int64.
+    """
+    # As a sum over all tokens: a selection would have a shape that a CUDA graph cannot record.
+    logp_NL, logq_NL = (x.log_softmax(-1, dtype=torch.float32) for x in (p_NL, q_NL))
+    both_N = ((logp_NL.exp() - logq_NL.exp()) * (logp_NL - logq_NL)).sum(-1)
+    word_N = labels_N != IGNORE
+    return (both_N * word_N).sum() / (2 * word_N.sum())
