@@ -181,7 +181,7 @@ def test_every_flag_is_explained(program: str, capsys: pytest.CaptureFixture) ->
         pattern = rf"^  (--\S+, )?{flag}(, --\S+)?( \S+)?\s+\w"
         assert re.search(pattern, explained, flags=re.MULTILINE), flag
     assert "peak learning rate, reached at the end of the warm-up" in " ".join(text.split())
-    assert "(default: 0.0003, paper: 5e-05)" in " ".join(text.split())
+    assert "(default: 0.0003, accurate: 0.0003, paper: 5e-05)" in " ".join(text.split())
 
 
 def test_minibert_train_is_train_py(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

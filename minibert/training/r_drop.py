@@ -4,9 +4,11 @@
 
 p and q are a word's probabilities under two dropout masks. Inference runs without a mask, as no
 pass of training did; passes that agree with each other are closer to it. Training takes twice as
-long, and inference stays as it is. arXiv:2106.14448; the weight is alpha as in the authors' code,
-https://github.com/dropreg/R-Drop (equation 4 of the paper adds the two cross-entropies: its alpha
-is twice this one). Shape legend: model/layout.py.
+long, and inference stays as it is.
+
+The paper is arXiv:2106.14448. The weight is alpha as in the authors' code,
+https://github.com/dropreg/R-Drop; the paper adds the two cross-entropies, so that its alpha is
+twice this one. Shape legend: model/layout.py.
 """
 
 from __future__ import annotations
