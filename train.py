@@ -48,6 +48,7 @@ from minibert.training.arguments import parse
 from minibert.training.averaging import WeightAverage
 from minibert.training.corpus import corpus
 from minibert.training.output import Output, owned
+from minibert.training.r_drop import RDrop
 from minibert.training.recipe import Recipe, TaggingRecipe
 from minibert.training.results import evaluate_and_save, progress, report
 from minibert.training.resume import Checkpoints, Training, identity
@@ -64,7 +65,7 @@ class NamedEntities:
 
     Args:
         options: the command line.
-        recipe: decode and layout.
+        recipe: decode, layout and r_drop.
         team: the processes of the run.
 
     Raises:
@@ -87,6 +88,7 @@ class NamedEntities:
             device=team.device,
             seed=options.seed,
         )
+        self.objective = RDrop(self.model, recipe.r_drop) if recipe.r_drop else self.model
         print(f"{options.model}: {self.model.load_report}")
         self.tagger = Tagger(self.model, tokenizer, well_formed=recipe.decode == "best")
         self.pad_id = tokenizer.pad_id
@@ -144,7 +146,9 @@ def train(
 
     # The state of the run: new, or as it was when it was interrupted.
     run = Training(model, adamw.value, average, scaler)
-    step = Step(run, recipe, dtype.value, team, task.pad_id, examples[0], options.graphs)
+    step = Step(
+        run, task.objective, recipe, dtype.value, team, task.pad_id, examples[0], options.graphs
+    )
     options.graphs = step.uses_graphs.value
     if team.device.type == "cuda":
         print(f"CUDA graphs {'on' if options.graphs else 'off'}: {step.uses_graphs.reason}")

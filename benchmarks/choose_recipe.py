@@ -1,9 +1,10 @@
 """How train.py's recipes were chosen: candidates on a held-out tenth of engtrain.
 
-    python -m benchmarks.choose_recipe [--seeds 0 1 2] [--only 0 3] [--add A.json]
+    python -m benchmarks.choose_recipe [--seeds 0 1 2] [--only 0 3]
 
 Each run trains MiniLM on nine sentences of ten and is scored on the tenth after the last epoch.
-engtest is not read. Regenerates the table of docs/reproducing-the-paper.md.
+engtest is not read. The runs are added to the newest results, in place of those of the same
+candidate and seed, and the table of docs/reproducing-the-paper.md is made anew.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ def main() -> None:
     parser.add_argument(
         "--only", type=int, nargs="*", default=range(len(CANDIDATES)), help="candidates, by number"
     )
-    parser.add_argument("--add", type=Path, nargs="*", default=[], help="results of other runs")
     options = parser.parse_args()
-    runs = [run for path in options.add for run in json.loads(path.read_text())["runs"]]
+    _, runs = newest(RESULTS)
     for candidate in (CANDIDATES[number] for number in options.only):
         for seed in options.seeds:
             with tempfile.TemporaryDirectory() as scratch:
                 log, seconds = run(candidate, seed, Path(scratch))
             last = [entry for entry in log if entry.get("set") == "dev"][-1]
             scores = {name: last[name] for name in SCORES}
+            runs = [run for run in runs if (run["recipe"], run["seed"]) != (candidate, seed)]
             runs.append({"recipe": candidate, "seed": seed, "seconds": round(seconds)} | scores)
             print(runs[-1], flush=True)
             keep("recipe-minilm", {"held_out": "every tenth sentence", "runs": runs})
@@ -63,16 +64,21 @@ def main() -> None:
 
 def table(folder: Path) -> str:
     """The candidates of the newest result file."""
-    path = sorted(folder.glob("recipe-minilm-2*.json"))[-1]
-    runs = json.loads(path.read_text())["runs"]
+    name, runs = newest(folder)
     rows = []
     for candidate in CANDIDATES:
         if found := [run for run in runs if run["recipe"] == candidate]:
-            name = " ".join(f"--{flag} {value}" for flag, value in candidate.items())
+            flags = " ".join(f"--{flag} {value}" for flag, value in candidate.items())
             scores = [cell([100 * run[score] for run in found]) for score in SCORES]
-            rows.append([f"`{name}`" if name else "none", *scores, str(len(found))])
+            rows.append([f"`{flags}`" if flags else "none", *scores, str(len(found))])
     head = ["change to the default recipe", "entity F1", "token micro-F1 with O", "seeds"]
-    return f"{markdown(head, rows)}\n\nFrom `benchmarks/results/{path.name}`."
+    return f"{markdown(head, rows)}\n\nFrom `benchmarks/results/{name}`."
+
+
+def newest(folder: Path) -> tuple[str, list[dict]]:
+    """The name of the newest result file, and its runs."""
+    path = sorted(folder.glob("recipe-minilm-2*.json"))[-1]
+    return path.name, json.loads(path.read_text())["runs"]
 
 
 def run(candidate: dict[str, str], seed: int, scratch: Path) -> tuple[list[dict], float]:

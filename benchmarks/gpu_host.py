@@ -155,7 +155,7 @@ def replayed_step() -> Pass:
     def record(passes: Callable[[], Passes]) -> Recording:
         return Recording(lambda: None, passes())
 
-    graphs = Graphs(model, torch.float16, record)
+    graphs = Graphs(model, model.config.max_length, torch.float16, record)
     optimizer = OnePassAdamW(bert_groups(model, 0.01))
 
     def run() -> None:

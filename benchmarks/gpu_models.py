@@ -230,7 +230,9 @@ def graphs_trainer(model: nn.Module, dtype: torch.dtype) -> Trainer:
     """minibert with both passes as a CUDA graph for each batch size."""
     assert isinstance(model, BertForTokenClassification)
     adamw, update, scaler = our_update(model, dtype)
-    graphs = Graphs(model, dtype, Recorder(next(model.parameters()).device))
+    graphs = Graphs(
+        model, model.config.max_length, dtype, Recorder(next(model.parameters()).device)
+    )
 
     def step(batch: Batch) -> Tensor:
         loss = graphs.backward(batch.inputs, scaler.scale if scaler else 1.0).clone()

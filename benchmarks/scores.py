@@ -55,7 +55,7 @@ ROWS = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=FILES, default=("minibert", "transformers"))
-    parser.add_argument("--seeds", type=int, nargs="*", default=range(5))
+    parser.add_argument("--seeds", type=int, nargs="*", default=range(5), help="none: --add alone")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--train", type=Path, metavar="FILE", help="instead of MIT Movie's")
     parser.add_argument("--test", type=Path, metavar="FILE", help="instead of MIT Movie's")
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = [run for path in added for run in json.loads(path.read_text())["runs"]]
         recipe_name = name if name in RECIPES else "default"
         recipe = RECIPES[recipe_name]
-        recipe = replace(recipe, epochs=options.epochs or recipe.epochs)
+        recipe = replace(recipe, epochs=recipe.epochs if options.epochs is None else options.epochs)
         for seed in options.seeds:
             with tempfile.TemporaryDirectory() as scratch:
                 started = time.perf_counter()
@@ -85,12 +85,18 @@ def main(arguments: list[str] | None = None) -> None:
                 seconds = round(time.perf_counter() - started)
                 found.append({"seed": seed, "seconds": seconds} | scores(model_dir, test_file))
             print(name, found[-1], flush=True)
-            found.sort(key=lambda run: run["seed"])
-            runs.keep(FILES[name], {"epochs": recipe.epochs, "runs": found}, folder)
+            keep(name, recipe, found, folder)
+        keep(name, recipe, found, folder)
     if options.output is None:
         runs.replace_section(runs.ROOT / "README.md", "scores", table(folder))
     else:
         print(table(folder))
+
+
+def keep(name: str, recipe: Recipe, found: list[dict], folder: Path) -> None:
+    """Write the runs so far."""
+    found.sort(key=lambda run: run["seed"])
+    runs.keep(FILES[name], {"epochs": recipe.epochs, "runs": found}, folder)
 
 
 def train_transformers(output: Path, train_file: Path, recipe: Recipe, seed: int) -> Path:
@@ -171,9 +177,9 @@ def table(folder: Path = runs.RESULTS) -> str:
         for row, key in zip(rows, ROWS):
             row.append(cell([100 * run[key] for run in found if key in run]))
     return (
-        f"{markdown(head, rows)}\n\nAll columns share initial weights, seeds, batches and learning "
-        "rate; transformers pads and does not average the weights. The accurate recipe takes "
-        f"{RECIPES['accurate'].epochs} epochs and runs every batch twice, the others take "
+        f"{markdown(head, rows)}\n\nAll columns share initial weights, seeds, batches and peak "
+        "learning rate; transformers pads and does not average the weights. The accurate recipe "
+        f"takes {RECIPES['accurate'].epochs} epochs and runs every batch twice, the others take "
         f"{RECIPES['default'].epochs} epochs.\n"
         f"From `benchmarks/results/`: {', '.join(sources)}."
     )

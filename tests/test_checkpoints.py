@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import math
 import os
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mutate
 import pytest
 import torch
-from builders import small_bert
+from builders import small_bert, small_checkpoint
 
 from minibert.files import MinibertError
 from minibert.processes import Team
 from minibert.training.adamw import AdamW, bert_groups
 from minibert.training.averaging import WeightAverage
 from minibert.training.output import Output
+from minibert.training.recipe import RECIPES
 from minibert.training.resume import (
     SETTINGS,
     Checkpoint,
@@ -27,6 +30,7 @@ from minibert.training.resume import (
     DamagedError,
     Training,
     check,
+    identity,
     is_finished,
     list_of,
     manifest_of,
@@ -91,6 +95,16 @@ def test_an_older_checkpoint_does_not_name_the_tokenizers_settings(small: Small)
     del checkpoint.state["arguments"][SETTINGS]
     small.arguments[SETTINGS] = "0" * 64
     assert small.load(checkpoint).step == 2
+
+
+def test_r_drop_counts_only_where_it_is_on(small: Small, tmp_path: Path) -> None:
+    """Older checkpoints do not have it."""
+    model = small_checkpoint(tmp_path / "model", **TINY)
+    options = argparse.Namespace(seed=1, graphs=False)
+    for r_drop, expected in ((0.0, None), (0.5, "0.5")):
+        recipe = replace(RECIPES["default"], r_drop=r_drop)
+        found = identity(small.run, recipe, options, "fp32", model, {})
+        assert found.get("r_drop") == expected
 
 
 @pytest.mark.parametrize(

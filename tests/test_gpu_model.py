@@ -128,8 +128,8 @@ def test_a_replayed_step_is_a_plain_one() -> None:
     """
     model = build("fused", dropout_p=0.1).train()
     device = torch.device("cuda")
-    recorded = Graphs(model, torch.float16, Recorder(device))
-    plain = Graphs(model, torch.float16, Recorder(device), most=0)
+    recorded = Graphs(model, model.config.max_length, torch.float16, Recorder(device))
+    plain = Graphs(model, model.config.max_length, torch.float16, Recorder(device), most=0)
     inputs = []
     for lengths in ([12, 30, 9, 31, 40], [12, 30, 9, 31, 41], LENGTHS):
         ids = [tuple(torch.randint(1, 1000, (n,)).tolist()) for n in lengths]

@@ -41,6 +41,7 @@ from minibert.training.r_drop import RDrop
 
 own_kernels = test_kernels_ops.own_kernels
 LABELS = ("O", "B-A", "I-A")
+POSITIONS = 100
 # The first, second and fourth are of one size, with seven sentences, four, and three and a filler.
 BATCHES = ([2, 2, 2, 2, 8, 8, 9], [9, 9, 9, 6], [30, 70], [5, 17, 9], [3] * 10, [12, 20], [1])
 
@@ -90,7 +91,7 @@ def model_of(attn: str, dropout_p: float) -> BertForTokenClassification:
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=100,
+        max_position_embeddings=POSITIONS,
         labels=LABELS,
         hidden_dropout_prob=dropout_p,
         attention_probs_dropout_prob=dropout_p,
@@ -126,7 +127,7 @@ def test_replayed_steps_are_the_bits_of_plain_ones(r_drop: float) -> None:
     if r_drop:
         model = RDrop(model, r_drop)
     recorder = Repeated()
-    recorded = Graphs(model, torch.float16, recorder)
+    recorded = Graphs(model, POSITIONS, torch.float16, recorder)
     batches = [batch_of(lengths) for lengths in BATCHES]
     for turn, index in enumerate([0, 1, 2, 3, 0, 2]):
         scale = 2.0**turn
@@ -135,8 +136,7 @@ def test_replayed_steps_are_the_bits_of_plain_ones(r_drop: float) -> None:
         state, gradients = torch.get_rng_state(), gradients_of(model)
         model.zero_grad()
         torch.manual_seed(turn)
-        # Two passes would share a cached cast, whose gradient adds up in fp16.
-        with one_draw(), torch.autocast("cpu", torch.float16, cache_enabled=False):
+        with one_draw(), torch.autocast("cpu", torch.float16):
             expected = model(**batches[index].inputs).loss
         (expected * scale).backward()
         assert torch.equal(loss, expected.detach())
@@ -150,7 +150,7 @@ def test_filling_up_changes_rounding_alone() -> None:
     """Against the batch without a filler; no step's gradients are left in the next."""
     model = model_of("sdpa", dropout_p=0.0).double()
     layer = model.bert.layers[0]
-    recorded = Graphs(model, torch.float32, Repeated())
+    recorded = Graphs(model, POSITIONS, torch.float32, Repeated())
     for lengths in (*BATCHES, *reversed(BATCHES)):
         layer.attention.attend = by_starts
         loss = recorded.backward(batch_of(lengths).inputs, 3.0).clone()
@@ -168,7 +168,7 @@ def test_gradients_stay_where_they_are() -> None:
     """The update's table of addresses is made once for each size."""
     model = model_of("sdpa", dropout_p=0.0)
     model.bert.layers[0].attention.attend = by_starts
-    recorded = Graphs(model, torch.float32, Repeated())
+    recorded = Graphs(model, POSITIONS, torch.float32, Repeated())
 
     def addresses(lengths: list[int]) -> list[int]:
         model.zero_grad()
@@ -184,7 +184,7 @@ def test_sizes_beyond_the_last_graph_go_without() -> None:
     model = model_of("sdpa", dropout_p=0.0)
     model.bert.layers[0].attention.attend = by_starts
     recorder = Repeated()
-    recorded = Graphs(model, torch.float32, recorder, most=1)
+    recorded = Graphs(model, POSITIONS, torch.float32, recorder, most=1)
     recorded.backward(batch_of([16, 16]).inputs)
     kept = gradients_of(model)
     loss = recorded.backward(batch_of([30, 70]).inputs, 2.0)

@@ -145,8 +145,8 @@ def test_a_run_with_nothing_to_evaluate_on(files: Path, small: Path, tmp_path: P
             "r_drop must not be negative",
         ),
         (
-            ("--model", "{small}", "--r-drop", "1", "--head", "crf"),
-            "--r-drop 1.0 needs --head linear",
+            ("--model", "{small}", "--recipe", "accurate", "--head", "crf"),
+            "--head crf needs --r-drop 0, not 1.0",
         ),
     ],
 )

@@ -14,7 +14,7 @@ in between whether it happens. Shape legend: see layout.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from minibert.files import MinibertError
 from minibert.machine import Chosen
-from minibert.model.config import BertConfig
-from minibert.model.heads import BertOutput, BertWithHead, TokenClassificationHead
+from minibert.model.heads import BertWithHead, TokenClassificationHead
 from minibert.model.layout import Packed
 from minibert.speed.cuda.attention import SHORT
 from minibert.speed.cuda.seeds import one_draw
@@ -228,23 +227,13 @@ class Recorder:
         return Recording(graph.replay, result)
 
 
-class Trained(Protocol):
-    """A model whose output has a loss."""
-
-    config: BertConfig
-
-    def __call__(self, **inputs: Tensor | Packed) -> BertOutput:
-        """Run it."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those that the loss depends on."""
-
-
 class Graphs:
     """Loss and gradients of packed batches, with one CUDA graph per size of batch.
 
     Args:
-        model: in train mode, with fused attention; its parameters must not move.
+        model: in train mode, with fused attention; its output has a loss, and its parameters must
+            not move.
+        positions: of the model.
         dtype: of autocast; float32 for none.
         record: captures a graph.
         most: number of graphs at most. Batches of further sizes run without one.
@@ -252,12 +241,14 @@ class Graphs:
 
     def __init__(
         self,
-        model: Trained,
+        model: nn.Module,
+        positions: int,
         dtype: torch.dtype,
         record: Record,
         most: int = MOST,
     ):
         self.model = model
+        self.positions = positions
         self.dtype = dtype
         self.record = record
         self.most = most
@@ -276,7 +267,7 @@ class Graphs:
             call.
         """
         ids_N, layout = _packed(inputs)
-        size = Size.of(layout, self.model.config.max_length)
+        size = Size.of(layout, self.positions)
         if size not in self.recordings:
             places = Places.of(size, ids_N.device)
             places.fill(inputs, scale)

@@ -89,7 +89,7 @@ class HiddenWords:
             print(choice)
         self.tokenizer = Tokenizer.from_pretrained(self.directory)
         self.pad_id = self.tokenizer.pad_id
-        self.model = model_of(options, self.directory, team.device)
+        self.model = self.objective = model_of(options, self.directory, team.device)
         self.tokenizer.check_fits(self.model.config.vocab_size)
         self.settings = {"weights": "from scratch"} if options.from_scratch else {}
         self.seed, self.masking = options.seed, recipe.masking

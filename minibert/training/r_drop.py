@@ -6,7 +6,7 @@ p and q are a word's probabilities under two dropout masks. Inference runs witho
 pass of training did; passes that agree with each other are closer to it. Training takes twice as
 long, and inference stays as it is.
 
-The paper is arXiv:2106.14448. The weight is alpha as in the authors' code,
+The paper is arXiv:2106.14448. The weight is alpha as in the authors' example on
 https://github.com/dropreg/R-Drop; the paper adds the two cross-entropies, so that its alpha is
 twice this one. Shape legend: model/layout.py.
 """
@@ -32,7 +32,6 @@ class RDrop(nn.Module):
     def __init__(self, model: BertWithHead, weight: float):
         super().__init__()
         self.model, self.weight = model, weight
-        self.config = model.config
 
     def forward(self, *, labels: Tensor, **inputs: Tensor | Packed) -> BertOutput:
         """Both passes over one batch, with the arguments of the model.
@@ -40,7 +39,10 @@ class RDrop(nn.Module):
         Returns:
             The logits of the first pass, and the loss of both.
         """
-        p, q = (self.model(labels=labels, **inputs) for _ in range(2))
+        p = self.model(labels=labels, **inputs)
+        # Both passes would share a cached cast, and their gradients add up in its format.
+        torch.clear_autocast_cache()
+        q = self.model(labels=labels, **inputs)
         cross_entropy = (p.loss + q.loss) / 2
         return BertOutput(
             p.logits, cross_entropy + self.weight * disagreement(p.logits, q.logits, labels)
@@ -51,8 +53,8 @@ def disagreement(p_NL: Tensor, q_NL: Tensor, labels_N: Tensor) -> Tensor:
     """The mean of both KL divergences, and over the labels that are not ``IGNORE``: a scalar.
 
     Args:
-        p_NL, q_NL: scores; any leading axes, those of ``labels_N``.
-        labels_N: int64.
+        p_NL, q_NL: scores; or (B, S, L).
+        labels_N: int64; or (B, S).
     """
     # As a sum over all tokens: a selection would have a shape that a CUDA graph cannot record.
     logp_NL, logq_NL = (x.log_softmax(-1, dtype=torch.float32) for x in (p_NL, q_NL))

@@ -46,11 +46,6 @@ class Recipe:
     accumulate: Annotated[
         int, "batches per optimiser step: raise it when a larger batch does not fit into memory"
     ] = 1
-    r_drop: Annotated[
-        float,
-        "run every batch twice, and add this times the disagreement of the two passes to the loss, "
-        "which takes twice the time; 0: once",
-    ] = 0.0
 
     def __post_init__(self) -> None:
         positive = ("lr", "epochs", "batch_size", "eps", "clip", "bucket", "accumulate")
@@ -64,7 +59,7 @@ class Recipe:
                 raise ValueError(f"{name} must be finite, got {value}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of all steps, in [0, 1), got {self.warmup}")
-        for name in ("weight_decay", "average", "r_drop"):
+        for name in ("weight_decay", "average"):
             if not vars(self)[name] >= 0:
                 raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
         if self.optimizer not in SEMANTICS:
@@ -101,9 +96,16 @@ class TaggingRecipe(Recipe):
         "best: the most probable well-formed BIO sequence; each: the most probable label of each "
         "word",
     ]
+    r_drop: Annotated[
+        float,
+        "run every batch twice, and add this times the disagreement of the two passes to the loss, "
+        "which takes twice the time; 0: once",
+    ] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.r_drop >= 0:
+            raise ValueError(f"r_drop must not be negative, got {self.r_drop}")
         if self.decode not in ("best", "each"):
             raise ValueError(f"decode must be best or each, got {self.decode!r}")
 

@@ -147,7 +147,11 @@ def identity(
         directory: of the model to train; the content of its files counts, not their names.
         parts: the sentences by purpose; they count, not the files' names.
     """
-    values = {name: str(value) for name, value in asdict(recipe).items()} | {
+    values = {
+        name: str(value)
+        for name, value in asdict(recipe).items()
+        if name != "r_drop" or value  # older checkpoints do not have it
+    } | {
         "seed": str(options.seed),
         "dtype": dtype,
         "attention": run.model.attn_implementation,

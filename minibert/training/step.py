@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minibert.processes import Team
 from minibert.speed.cuda.seeds import one_draw
 from minibert.speed.cuda_graphs import Graphs, Recorder, choose
 from minibert.text.batches import Batch, Example, packed, padded
-from minibert.training.r_drop import RDrop
 from minibert.training.recipe import Recipe
 from minibert.training.resume import Training
 
@@ -47,7 +46,8 @@ class Step:
 
     Args:
         run: model, optimizer and loss scaler.
-        recipe: layout, clip, accumulate and r_drop.
+        objective: of the task.
+        recipe: layout, clip and accumulate.
         dtype: of autocast; float32 for none.
         team: the processes that share every batch.
         pad_id: the tokenizer's padding piece.
@@ -61,6 +61,7 @@ class Step:
     def __init__(
         self,
         run: Training,
+        objective: nn.Module,
         recipe: Recipe,
         dtype: torch.dtype,
         team: Team,
@@ -71,15 +72,15 @@ class Step:
         self.optimizer, self.scaler = run.optimizer, run.scaler
         self.recipe, self.team, self.pad_id = recipe, team, pad_id
         self.graphs = None
-        model = RDrop(run.model, recipe.r_drop) if recipe.r_drop else run.model
         self.uses_graphs = choose(
             use_graphs, run.model, recipe.layout, recipe.accumulate, team.size
         )
         if self.uses_graphs.value:
-            self.graphs = Graphs(model, dtype, Recorder(team.device))
+            positions = run.model.config.max_length
+            self.graphs = Graphs(objective, positions, dtype, Recorder(team.device))
         self.autocast = torch.autocast(team.device.type, dtype, enabled=dtype != torch.float32)
         with self.autocast:
-            self.model = team.wrap(model, **self.collate([example]).inputs)
+            self.model = team.wrap(objective, **self.collate([example]).inputs)
 
     def backward(self, batches: Sequence[Sequence[Example]]) -> Tensor:
         """Run both passes over the batches of a step; the gradients add up in the parameters.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from torch import nn
+
 from minibert.model.heads import BertWithHead
 from minibert.text.batches import Example
 from minibert.training.corpus import Part
@@ -26,6 +28,10 @@ class Task(Protocol):
     pad_id: int
     parts: dict[str, Part]
     settings: dict[str, str]
+
+    @property
+    def objective(self) -> nn.Module:
+        """What a step runs: the model, or a module around it; its output has the loss."""
 
     @property
     def model(self) -> BertWithHead:

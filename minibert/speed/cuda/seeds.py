@@ -21,7 +21,7 @@ def one_draw() -> Iterator[None]:
     """Inside, one draw gives the seeds of many masks: a launch less for each of them.
 
     The generator fixes the masks as it does outside, but they are not the same ones. What is left
-    of a draw is not used by the next pass.
+    of a draw is not used outside.
     """
     token = _drawn.set({})
     try:
