@@ -3,8 +3,8 @@
     python -m benchmarks.choose_recipe [--seeds 0 1 2] [--only 0 3]
 
 Each run trains MiniLM on nine sentences of ten and is scored on the tenth after the last epoch.
-engtest is not read. The runs are added to the newest results, in place of those of the same
-candidate and seed, and the table of docs/reproducing-the-paper.md is made anew.
+engtest is not read. The newest results are kept; a new run replaces the one with its candidate and
+seed. The table of docs/reproducing-the-paper.md is written from them.
 """
 
 from __future__ import annotations

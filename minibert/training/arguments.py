@@ -82,8 +82,8 @@ def parse(
         "--recipe",
         choices=RECIPES,
         default="default",
-        help="where the values below come from: ours; accurate, ours for better scores in three "
-        "times the time; or those of the MIT Movie paper (default: default)",
+        help="where the values below come from: ours; accurate, ours for better scores by three "
+        "times as many passes; or those of the MIT Movie paper (default: default)",
     )
     _add_running(parser)
     options = _parsed(parser, argv, RECIPES)
