@@ -22,6 +22,7 @@ from minibert.machine import DTYPES, choose_dtype, name_of
 from minibert.pretrained import config_json, hub, weights
 from minibert.pretrained.tokenizer import Tokenizer
 from minibert.speed import prepacked
+from minibert.speed.cpu.panels import HalfPanels
 from minibert.tagging.tagger import Tagger
 from minibert.text import bio, demo
 from minibert.text.batches import Batch, Example, chunks, epoch_batches, examples_of, padded
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 # fp32, so contenders in bf16 are left out where the CPU has no instruction for it.
 NATIVE = name_of(choose_dtype("auto", CPU).value)
 # What Tagger takes by default; "fp16w" is fp32 with weights rounded to fp16.
-HALF_WEIGHTS = prepacked.choose(CPU, DTYPES[NATIVE], may_round=True).value is prepacked.HalfLinear
+HALF_WEIGHTS = prepacked.choose(CPU, DTYPES[NATIVE], may_round=True).value is HalfPanels
 OURS = "fp16w" if HALF_WEIGHTS else NATIVE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import string
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from minibert import BertConfig, BertForMaskedLM, BertForTokenClassification, Packed, Tokenizer
 from minibert.files import write_text
+from minibert.machine import cpu_flags
 from minibert.model.labels import IGNORE
 from minibert.pretrained import config_json
 from minibert.pretrained.families import class_name
 from minibert.pretrained.weights import names_of
+from minibert.speed.cpu import build
 from minibert.text.bio import write_bio as write_bio  # for the tests to import from here
 
 # Changes of ``small_config`` that make it another family's; ERNIE 3.0 nano has this head size, 26.
@@ -38,6 +41,14 @@ SMALL_FAMILIES: dict[str, dict] = {
 }
 LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Why the C++ kernels cannot be tested here, or "". Where g++ rejects them, their tests fail.
+no_kernels = (
+    f"no {build.COMPILER}"
+    if not shutil.which(build.COMPILER)
+    else "another CPU"
+    if not cpu_flags().issuperset(build.NEEDED)
+    else ""
+)
 # Any lowercase word of ASCII letters has pieces in this vocabulary.
 PIECES = (*SPECIAL, *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase))
 

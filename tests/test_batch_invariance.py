@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PIECES, small_bert, small_checkpoint
+from builders import PIECES, no_kernels, small_bert, small_checkpoint
 
 from minibert import Tagger
 from minibert.speed import prepacked
-from minibert.speed.prepacked import BlockedLinear, ByteLinear, HalfLinear
+from minibert.speed.cpu.panels import BytePanels, FloatPanels, HalfPanels, Panels
+from minibert.speed.linear import BlockedLinear, ByteLinear
 from minibert.text.batches import Example, packed, rounded
 
 # MiniLM's shape, so that the products are those of a real model; two layers, to be quick.
@@ -91,15 +92,18 @@ def test_a_thousand_groupings_give_the_same_bits(tagger: Tagger, threads: int) -
         check_groupings(tagger, random.Random(seed), longest=600, groupings=40)
 
 
-@pytest.mark.parametrize("linear", [BlockedLinear, HalfLinear, ByteLinear])
+@pytest.mark.parametrize("linear", [BlockedLinear, ByteLinear, FloatPanels, HalfPanels, BytePanels])
 @pytest.mark.parametrize(("inner", "outer"), [(384, 1152), (3072, 768), (384, 5)])
 @torch.inference_mode()
 def test_a_row_of_a_product_does_not_depend_on_the_number_of_rows(
     linear: type, inner: int, outer: int, threads: int
 ) -> None:
-    """For the numbers of rows that batches are filled up to, and any place among them."""
-    if linear is HalfLinear and not prepacked.AVX2:
-        pytest.skip("only chosen with AVX2 alone")
+    """For the numbers of rows that batches have, and any place among them.
+
+    For torch's libraries they are filled up.
+    """
+    if issubclass(linear, Panels) and no_kernels:
+        pytest.skip(no_kernels)
     if linear is ByteLinear and not prepacked.choose_int8(torch.device("cpu")).value:
         pytest.skip("int8 cannot run here")
     torch.manual_seed(0)
@@ -107,23 +111,13 @@ def test_a_row_of_a_product_does_not_depend_on_the_number_of_rows(
     x = torch.randn(rounded(250), inner)
     residual = torch.randn(len(x), outer)
     whole, gelu, plus = layer(x), layer.gelu(x), layer.plus(x, residual)
-    for rows in sorted({rounded(n) for n in range(1, len(x), 7)}):
+    filled = {rounded(n) for n in range(1, len(x), 7)}
+    for rows in range(1, 30) if issubclass(linear, Panels) else sorted(filled):
         for start in (0, len(x) - rows):
             part = slice(start, start + rows)
             assert torch.equal(layer(x[part]), whole[part]), rows
             assert torch.equal(layer.gelu(x[part]), gelu[part]), rows
             assert torch.equal(layer.plus(x[part], residual[part]), plus[part]), rows
-
-
-def test_fbgemm_needs_a_multiple_of_three() -> None:
-    """The reason for ``rounded``: if this fails, it is no longer needed."""
-    if not prepacked.AVX2:
-        pytest.skip("only chosen with AVX2 alone")
-    torch.manual_seed(0)
-    layer = HalfLinear(torch.randn(96, 768), torch.zeros(96))
-    x = torch.randn(9, 768)
-    with torch.inference_mode():
-        assert not all(torch.equal(layer(x[:rows]), layer(x)[:rows]) for rows in range(1, 9))
 
 
 def test_training_does_not_depend_on_the_order_in_a_batch() -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import small_checkpoint, write_bio
+from builders import no_kernels, small_checkpoint, write_bio
 from torch import Tensor
 
 from minibert import BertForTokenClassification, Embedder, Label, Tagger, evaluate
 from minibert.files import MinibertError
 from minibert.speed import prepacked
-from minibert.speed.prepacked import ByteLinear, choose_int8
+from minibert.speed.cpu.panels import BytePanels
+from minibert.speed.linear import ByteLinear
+from minibert.speed.prepacked import choose_int8
 from minibert.tagging.evaluate import difference
 from minibert.text.bio import Sentence
 
@@ -26,18 +28,36 @@ pytestmark = pytest.mark.skipif(not choose_int8(CPU).value, reason=choose_int8(C
 MOST_X, MOST_W = 127, 64  # of the integers
 
 
-def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """The product; few rows and many go to two libraries, which must give the same bits."""
-    bias_O = torch.zeros(len(weight_OI)) if bias_O is None else bias_O
-    layer = ByteLinear(weight_OI, bias_O)
-    few_NI = x_NI[: layer.many - 1]
-    with torch.inference_mode():
-        few_NO = layer(few_NI)
-        many_NO = layer(torch.cat([x_NI, few_NI.new_zeros(layer.many, x_NI.shape[1])]))
-    finite = few_NO.isfinite()
-    assert torch.equal(finite, many_NO[: len(few_NO)].isfinite())
-    assert torch.equal(few_NO[finite], many_NO[: len(few_NO)][finite])
-    return many_NO[: len(x_NI)]
+Product = Callable[..., Tensor]
+
+
+@pytest.fixture(params=[ByteLinear, BytePanels])
+def linear(request: pytest.FixtureRequest) -> type:
+    if request.param is BytePanels and no_kernels:
+        pytest.skip(no_kernels)
+    return request.param
+
+
+@pytest.fixture
+def product(linear: type) -> Product:
+    """x (N, I), W (O, I) and b (O,), or none, to x Wᵀ + b.
+
+    Torch's libraries share few rows and many among them, and must give the same bits.
+    """
+
+    def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        bias_O = torch.zeros(len(weight_OI)) if bias_O is None else bias_O
+        layer = linear(weight_OI, bias_O)
+        few_NI = x_NI[: ByteLinear.many - 1]
+        with torch.inference_mode():
+            few_NO = layer(few_NI)
+            many_NO = layer(torch.cat([x_NI, few_NI.new_zeros(ByteLinear.many, x_NI.shape[1])]))
+        finite = few_NO.isfinite()
+        assert torch.equal(finite, many_NO[: len(few_NO)].isfinite())
+        assert torch.equal(few_NO[finite], many_NO[: len(few_NO)][finite])
+        return many_NO[: len(x_NI)]
+
+    return product
 
 
 @pytest.mark.parametrize(
@@ -52,7 +72,7 @@ def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
         (517, 5, 3),
     ],
 )
-def test_products_are_those_of_int64(rows: int, inner: int, outer: int) -> None:
+def test_products_are_those_of_int64(rows: int, inner: int, outer: int, product: Product) -> None:
     """The integers fill their range, so that scales are powers of two and x and W are not rounded.
 
     Only the conversion of the sum to float32 is.
@@ -70,7 +90,7 @@ def test_products_are_those_of_int64(rows: int, inner: int, outer: int) -> None:
 
 @pytest.mark.parametrize("x_sign", [1, -1])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_nothing_saturates_at_the_limits(sign: int, x_sign: int) -> None:
+def test_nothing_saturates_at_the_limits(sign: int, x_sign: int, product: Product) -> None:
     """AVX2 adds two products in 16 bits."""
     x = torch.full((13, 3072), x_sign * MOST_X)
     weight = torch.full((96, 3072), sign * MOST_W)
@@ -81,7 +101,7 @@ def test_nothing_saturates_at_the_limits(sign: int, x_sign: int) -> None:
     assert torch.equal(product(swung.float(), mixed.float()), (swung @ mixed.T).float())
 
 
-def test_halves_are_rounded_to_even() -> None:
+def test_halves_are_rounded_to_even(product: Product) -> None:
     """With a scale of 1, half of the values lie between integers."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randint(-2 * MOST_X, 2 * MOST_X + 1, (13, 384), generator=draw) / 2
@@ -92,7 +112,7 @@ def test_halves_are_rounded_to_even() -> None:
     assert torch.equal(product(x, weight.float()), expected)
 
 
-def test_rounding_is_at_most_half_a_step() -> None:
+def test_rounding_is_at_most_half_a_step(product: Product) -> None:
     """The bound adds up what rounding x and W may change in every term."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(50, 384), torch.randn(96, 384) / 20, torch.randn(96)
@@ -105,7 +125,7 @@ def test_rounding_is_at_most_half_a_step() -> None:
     assert bool(((product(x, weight, bias) - exact).abs() <= bound + 1e-4).all())
 
 
-def test_a_row_keeps_its_values_to_itself() -> None:
+def test_a_row_keeps_its_values_to_itself(product: Product) -> None:
     """Zeros, constants, denormals, outliers and what is not finite, beside ordinary rows."""
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 384) / 20, torch.randn(96)
@@ -131,7 +151,7 @@ def test_a_row_keeps_its_values_to_itself() -> None:
     assert not got[5:8].isfinite().any()
 
 
-def test_weights_of_zero_or_not_finite() -> None:
+def test_weights_of_zero_or_not_finite(product: Product) -> None:
     weight = torch.ones(4, 8)
     weight[0] = 0
     weight[1] = 2.0**-149
@@ -142,15 +162,15 @@ def test_weights_of_zero_or_not_finite() -> None:
     assert not got[:, 2:].isfinite().any()
 
 
-def test_an_empty_batch() -> None:
+def test_an_empty_batch(product: Product) -> None:
     assert product(torch.empty(0, 36), torch.randn(50, 36)).shape == (0, 50)
 
 
-def test_a_copy_has_the_same_bits() -> None:
+def test_a_copy_has_the_same_bits(linear: type) -> None:
     torch.manual_seed(0)
     x = torch.randn(13, 36)
     for _ in range(50):
-        layer = ByteLinear(torch.randn(50, 36) * torch.rand(50, 1), torch.randn(50))
+        layer = linear(torch.randn(50, 36) * torch.rand(50, 1), torch.randn(50))
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert torch.equal(twin(x), layer(x))
 
@@ -172,8 +192,8 @@ def test_int8_is_an_option(directory: Path, command: Callable) -> None:
             Tagger.from_pretrained(directory, dtype=dtype, device="cpu").model.bert.layers[0].qkv
         )
 
-    assert kind("int8") is ByteLinear
-    assert kind("auto") is not ByteLinear
+    assert kind("int8") is choose_int8(CPU).value
+    assert kind("auto") not in (ByteLinear, BytePanels)
     assert (
         len(Embedder.from_pretrained(directory, dtype="int8", device="cpu", max_length=16)("jaws"))
         == 36
@@ -198,6 +218,7 @@ def test_where_int8_cannot_run(
         "minibert: dtype int8: only prepacked layers have it: leave out --plain or prepack=False\n"
     )
     assert choose_int8(torch.device("cuda")).reason == "int8 runs on a CPU, not on cuda"
+    monkeypatch.setattr(prepacked, "AVX2", False)
     monkeypatch.setattr(prepacked, "BYTE", ("quantized::gone",))
     with pytest.raises(MinibertError) as refused:
         Tagger.from_pretrained(directory, dtype="int8", device="cpu")

@@ -57,7 +57,7 @@ def test_an_installed_package_trains_and_tags(kind: str, minilm: Path, tmp_path:
     with zipfile.ZipFile(wheel) as files:
         names = {name.removeprefix("minibert/") for name in files.namelist()}
         assert files.read("minibert/training/loop.py") == (ROOT / "train.py").read_bytes()
-    assert {"py.typed", "speed/cuda/attention.cu", "study/look_page.js"} <= names
+    assert {"py.typed", "speed/cpu/kernels.cpp", "speed/cuda/attention.cu"} <= names
     assert not any("emulator" in name or name.startswith("tests") for name in names)
 
     # An empty environment that borrows torch and its company from this one.

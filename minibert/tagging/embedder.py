@@ -7,10 +7,10 @@ by its 2-norm, so that the dot product of two vectors is their cosine. A text lo
 then that of its beginning, and equal to the one that others have stored.
 
 On a CPU a text gets the same bits whatever shares its batch. The number of rows of a matrix product
-decides how the library sums, so every pass has a number of rows that depends on the text alone:
-``SHORT``, or ``max_length`` for a longer text. What the texts leave empty is filled up. The number
-of threads and the kind of processor do change the last bits. A GPU runs larger batches, where
-nothing is promised.
+may decide how a library sums, so every pass has a number of rows that depends on the text alone:
+``SHORT``, or ``max_length`` for a longer text. What the texts leave empty is filled up, except for
+the C++ kernels. The number of threads and the kind of processor do change the last bits. A GPU runs
+larger batches, where nothing is promised.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from minibert.model.heads import BertWithHead, Head
 from minibert.model.layout import Packed
 from minibert.pretrained import hub
 from minibert.pretrained.tokenizer import Tokenizer
+from minibert.speed.prepacked import runs_kernels
 from minibert.tagging.stream import pools, read_ahead
 from minibert.tagging.tagger import open_model
 from minibert.text.batches import Example, packed
@@ -208,7 +209,8 @@ class Embedder:
     def _vectors(self, group: list[Example]) -> tuple[tuple[Example, ...], Tensor]:
         """The examples in the order of their vectors, and the vectors (B, D)."""
         device = self.model.device
-        filler = self.tokenizer.pad_id if device.type == "cpu" else None
+        fills = device.type == "cpu" and not runs_kernels(self.model)
+        filler = self.tokenizer.pad_id if fills else None
         batch = packed(group, device, filler, self._rows(group[0]))
         input_N, layout = batch.inputs["input_ids"], batch.inputs["layout"]
         assert isinstance(input_N, Tensor)

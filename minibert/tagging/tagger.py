@@ -300,7 +300,8 @@ class Tagger:
     def _batch(self, group: list[Example]) -> Batch:
         device, pad_id = self.model.device, self.tokenizer.pad_id
         if self.pack:
-            fills = device.type == "cpu" or self.graphs.value is not None
+            compiles = device.type == "cpu" and not prepacked.runs_kernels(self.model)
+            fills = compiles or self.graphs.value is not None
             return packed(group, device, pad_id if fills else None)
         return padded(group, pad_id, device=device)
 
@@ -326,6 +327,7 @@ def open_model(
     """
     where = choose_device(device)
     chosen = choose_dtype("fp32" if dtype == "int8" else dtype, where).value
+    linear: prepacked.Linear | None = None
     if dtype == "int8":
         found = prepacked.choose_int8(where)
         if not found.value:
@@ -334,9 +336,9 @@ def open_model(
             raise MinibertError(
                 "dtype int8: only prepacked layers have it: leave out --plain or prepack=False"
             )
-    else:
-        found = prepacked.choose(where, chosen, may_round=dtype == "auto")
-    linear = found.value if prepack else None
+        linear = found.value
+    elif prepack:
+        linear = prepacked.choose(where, chosen, may_round=dtype == "auto").value
 
     def convert(layer: EncoderLayer) -> nn.Module:
         memory.release_freed_memory()  # of the layer before

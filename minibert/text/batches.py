@@ -201,11 +201,10 @@ def packed(
 
 
 def rounded(tokens: int) -> int:
-    """Round up to a multiple of three: to all below 64, to about ten per power of two above.
+    """Round up, to one of 77 numbers up to 2048.
 
     oneDNN compiles a matrix product for every number of rows and keeps the code, so that memory
-    would grow with the corpus. With few numbers of rows the cache is soon complete. FBGEMM gives
-    every row the same bits if the number is a multiple of three (speed/prepacked.py).
+    would grow with the corpus. With few numbers of rows the cache is soon complete.
     """
     step = 3 << max(0, tokens.bit_length() - 6)
     return -(-tokens // step) * step

@@ -1,0 +1,191 @@
+"""Linear layers, attention and add-norm by the C++ kernels. Shape legend: see model/layout.py.
+
+Weights lie in panels of 16 outputs, (O / 16, I, 16), the last one filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert.speed.cpu.build import kernels
+from minibert.speed.linear import TINY, LinearLayer
+
+WIDE = 16  # outputs of a panel, as in kernels.cpp
+
+
+def whole_panels(x_O: Tensor) -> Tensor:
+    """A copy, filled up with zeros along the first dimension to a multiple of ``WIDE``.
+
+    The kernels need aligned weights. torch aligns what it allocates; a parameter may lie anywhere
+    in a file.
+    """
+    filled_O = x_O.new_zeros(-(-len(x_O) // WIDE) * WIDE, *x_O.shape[1:])
+    filled_O[: len(x_O)] = x_O
+    return filled_O
+
+
+def pointer(x: Tensor) -> int:
+    """The address of what a kernel reads.
+
+    Raises:
+        TypeError: not contiguous, not in float32, or not on the CPU.
+    """
+    if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
+        raise TypeError(
+            f"the C++ kernels read contiguous float32 on the CPU, not {x.dtype} on {x.device}: "
+            "use prepack=False, or leave out autocast"
+        )
+    return x.data_ptr()
+
+
+def run(name: str, *arguments: float) -> None:
+    """Call a kernel.
+
+    Raises:
+        MemoryError: memory is short.
+    """
+    if kernels()[name](*arguments):
+        raise MemoryError(f"no memory for {name}")
+
+
+class Panels(LinearLayer):
+    """What the formats share.
+
+    Attributes:
+        kernel: its name.
+        panels: the weight.
+        extra: what the kernel reads besides.
+
+    Raises:
+        TypeError: a weight that the kernels cannot read.
+        ValueError: x has another width.
+    """
+
+    kernel: str
+    panels: Tensor
+    extra: tuple[Tensor, ...] = ()
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor):
+        self.outputs, self.inputs = weight_OI.shape
+        self.bias_O = whole_panels(bias_O.detach())
+        for tensor in (self.bias_O, weight_OI.detach().contiguous()):
+            pointer(tensor)
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """(N, in) to (N, out)."""
+        return self._multiply(x_NI.contiguous(), with_gelu=False)
+
+    def gelu(self, x_NI: Tensor) -> Tensor:
+        """(N, in) to (N, out), then exact (erf) GELU."""
+        return self._multiply(x_NI.contiguous(), with_gelu=True)
+
+    def _multiply(self, x_NI: Tensor, with_gelu: bool) -> Tensor:
+        rows, inputs = x_NI.shape  # len(x) takes ten times as long
+        if inputs != self.inputs:
+            raise ValueError(f"x has {inputs} columns, the weight {self.inputs}")
+        y_NO = x_NI.new_empty(rows, self.outputs)
+        run(
+            self.kernel,
+            *(pointer(x_NI), rows, inputs),
+            *(self.panels.data_ptr(), self.bias_O.data_ptr(), with_gelu),
+            *(self.outputs, y_NO.data_ptr()),
+            *[tensor.data_ptr() for tensor in self.extra],
+        )
+        return y_NO
+
+
+class FloatPanels(Panels):
+    """x Wᵀ + b in fp32.
+
+    Args:
+        weight_OI: (out, in), float32, on the CPU.
+        bias_O: (out,), float32.
+    """
+
+    what = "weights in panels for the C++ kernels"
+    kernel = "multiply_fp32"
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor):
+        super().__init__(weight_OI, bias_O)
+        weight_PWI = whole_panels(weight_OI.detach()).unflatten(0, (-1, WIDE))
+        self.panels = weight_PWI.transpose(1, 2).contiguous()
+
+
+class HalfPanels(FloatPanels):
+    """x Wᵀ + b with W rounded to fp16, which halves the memory traffic; the rest in fp32.
+
+    Args:
+        weight_OI: (out, in), float32, on the CPU.
+        bias_O: (out,), float32.
+
+    Raises:
+        ValueError: a weight is too large for fp16.
+    """
+
+    what = "weights rounded to fp16, in panels for the C++ kernels"
+    kernel = "multiply_fp16"
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor):
+        super().__init__(weight_OI, bias_O)
+        largest = float(torch.linalg.vector_norm(self.panels, torch.inf))
+        if largest > torch.finfo(torch.float16).max:
+            raise ValueError(f"a weight of {largest:g} is too large for fp16")
+        self.panels = self.panels.half()
+
+
+class BytePanels(Panels):
+    """x Wᵀ + b in integers, with the ranges and scales of ``ByteLinear``; exact sums in int32.
+
+    A row that is not finite gives a row that is not finite.
+
+    Args:
+        weight_OI: (out, in), float32, on the CPU.
+        bias_O: (out,), float32.
+    """
+
+    what = "products in int8 by the C++ kernels"
+    kernel = "multiply_int8"
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor):
+        super().__init__(weight_OI, bias_O)
+        weight_OI = weight_OI.detach()
+        scale_O = weight_OI.abs().amax(1).div(64).clamp_min(TINY)
+        rounded_OI = whole_panels(weight_OI.div(scale_O[:, None]).round().to(torch.int8))
+        rounded_OI = F.pad(rounded_OI, [0, -self.inputs % 4])
+        # The kernel has x plus 128; this is what the 128 adds to a sum.
+        offset_O = rounded_OI.sum(1, dtype=torch.int32) * 128
+        self.extra = (offset_O, whole_panels(scale_O))
+        # (O / 16, 16, I / 4, 4) to (O / 16, I / 4, 16, 4)
+        four_PWI4 = rounded_OI.unflatten(1, (-1, 4)).unflatten(0, (-1, WIDE))
+        self.panels = four_PWI4.transpose(1, 2).contiguous()
+
+
+def attend(qkv_N3HK: Tensor, starts: Tensor) -> Tensor:
+    """Attention of packed sentences, without dropout: the context (N, D).
+
+    Args:
+        qkv_N3HK: float32, contiguous.
+        starts: (B + 1,), int32, on the CPU: where each sentence starts.
+    """
+    N, _, H, K = qkv_N3HK.shape
+    context_ND = qkv_N3HK.new_empty(N, H * K)
+    run(
+        "attend",
+        *(pointer(qkv_N3HK), starts.data_ptr(), starts.shape[0] - 1),
+        *(H, K, K**-0.5, context_ND.data_ptr()),
+    )
+    return context_ND
+
+
+def add_norm(y_ND: Tensor, x_ND: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout) -> Tensor:
+    """LayerNorm(y + x) in one pass over memory, in eval mode. Hooks on both modules do not run."""
+    y_ND, x_ND = y_ND.contiguous(), x_ND.contiguous()
+    out_ND = torch.empty_like(y_ND)
+    run(
+        "add_norm",
+        *(pointer(y_ND), pointer(x_ND), pointer(norm.weight), pointer(norm.bias)),
+        *(norm.eps, *y_ND.shape, out_ND.data_ptr()),
+    )
+    return out_ND
