@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minibert import Tagger
+from minibert.files import home
 from minibert.speed import prepacked
 from minibert.speed.cpu import build, panels
 from minibert.speed.cpu.panels import BytePanels, FloatPanels, HalfPanels
@@ -250,22 +251,27 @@ def test_what_the_kernels_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernels
-def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
-    program = "from minibert.speed.cpu import build; print(build.obstacle())"
+def test_the_library_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that another process left is loaded; one that cannot be loaded is compiled again."""
+    build.kernels()
+    (library,) = (home() / "kernels").glob("cpu-*.so")
 
-    def run(path: str) -> str:
-        environment = os.environ | {"MINIBERT_HOME": str(tmp_path), "PATH": path}
-        command = [sys.executable, "-c", program]
-        return subprocess.check_output(command, env=environment, text=True).strip()
+    def obstacle(content: bytes | None, path: str = "/nowhere") -> str | None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))  # the loader knows old paths
+        monkeypatch.setenv("MINIBERT_HOME", str(folder))
+        monkeypatch.setenv("PATH", path)
+        (folder / "kernels").mkdir(parents=True)
+        if content is not None:
+            (folder / "kernels" / library.name).write_bytes(content)
+        build.kernels.cache_clear()
+        build.obstacle.cache_clear()
+        return build.obstacle()
 
-    assert run("/nowhere") == "no g++ on this machine: install it"
-    assert run(os.environ["PATH"]) == "None"
-    assert run("/nowhere") == "None"
-    (library,) = (tmp_path / "kernels").iterdir()
-    library.write_bytes(b"no library")
-    assert run("/nowhere") == "no g++ on this machine: install it"
-    assert run(os.environ["PATH"]) == "None"
-    assert run("/nowhere") == "None"
+    with_compiler, no_compiler = os.environ["PATH"], "no g++ on this machine: install it"
+    assert obstacle(None) == no_compiler
+    assert obstacle(b"no library") == no_compiler
+    assert obstacle(library.read_bytes()) is None
+    assert obstacle(b"no library", with_compiler) is None
 
 
 @needs_kernels
@@ -281,6 +287,7 @@ def test_what_the_compiler_says(tmp_path: Path) -> None:
 def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MINIBERT_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(build, "compile_source", lambda *_: b"a library")
     build.kernels.cache_clear()
     with pytest.raises(build.BuildError, match=str(tmp_path / "file")):
         build.kernels()
