@@ -26,6 +26,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from typing import TypeVar
 
 from minibert.files import MinibertError, memory_faults, stop_if_memory_is_short
@@ -33,6 +34,7 @@ from minibert.files import MinibertError, memory_faults, stop_if_memory_is_short
 stop_if_memory_is_short("train.py")  # importing torch would abort the process
 
 import torch
+from torch import nn
 
 from minibert.machine import choose_dtype, name_of
 from minibert.model.heads import BertForTokenClassification
@@ -48,7 +50,7 @@ from minibert.training.arguments import parse
 from minibert.training.averaging import WeightAverage
 from minibert.training.corpus import corpus
 from minibert.training.output import Output, owned
-from minibert.training.r_drop import RDrop
+from minibert.training.r_drop import RDrop, hidden
 from minibert.training.recipe import Recipe, TaggingRecipe
 from minibert.training.results import evaluate_and_save, progress, report
 from minibert.training.resume import Checkpoints, Training, identity
@@ -65,7 +67,7 @@ class NamedEntities:
 
     Args:
         options: the command line.
-        recipe: decode, layout and r_drop.
+        recipe: decode, layout, r_drop and hide.
         team: the processes of the run.
 
     Raises:
@@ -88,7 +90,13 @@ class NamedEntities:
             device=team.device,
             seed=options.seed,
         )
-        self.objective = RDrop(self.model, recipe.r_drop) if recipe.r_drop else self.model
+        self.objective: nn.Module = self.model
+        if recipe.r_drop:
+            special_ids = (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id)
+            second = partial(
+                hidden, share=recipe.hide, mask_id=tokenizer.mask_id, special_ids=special_ids
+            )
+            self.objective = RDrop(self.model, recipe.r_drop, second)
         print(f"{options.model}: {self.model.load_report}")
         self.tagger = Tagger(self.model, tokenizer, well_formed=recipe.decode == "best")
         self.pad_id = tokenizer.pad_id

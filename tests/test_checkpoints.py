@@ -101,10 +101,11 @@ def test_r_drop_counts_only_where_it_is_on(small: Small, tmp_path: Path) -> None
     """Older checkpoints do not have it."""
     model = small_checkpoint(tmp_path / "model", **TINY)
     options = argparse.Namespace(seed=1, graphs=False)
-    for r_drop, expected in ((0.0, None), (0.5, "0.5")):
-        recipe = replace(RECIPES["default"], r_drop=r_drop)
+    for r_drop, hide in ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25)):
+        recipe = replace(RECIPES["default"], r_drop=r_drop, hide=hide)
         found = identity(small.run, recipe, options, "fp32", model, {})
-        assert found.get("r_drop") == expected
+        assert found.get("r_drop") == (str(r_drop) if r_drop else None)
+        assert found.get("hide") == (str(hide) if hide else None)
 
 
 @pytest.mark.parametrize(

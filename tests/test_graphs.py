@@ -11,6 +11,7 @@ import copy
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ from minibert.text import demo
 from minibert.text.batches import Batch, Example, packed
 from minibert.training import step
 from minibert.training.pretrain import HiddenWordsModel
-from minibert.training.r_drop import RDrop
+from minibert.training.r_drop import RDrop, hidden
 
 own_kernels = test_kernels_ops.own_kernels
 LABELS = ("O", "B-A", "I-A")
@@ -125,7 +126,7 @@ def test_replayed_steps_are_the_bits_of_plain_ones(r_drop: float) -> None:
     """Our kernels under autocast with dropout; sizes alternate and the scale changes."""
     model = model_of("fused", dropout_p=0.1)
     if r_drop:
-        model = RDrop(model, r_drop)
+        model = RDrop(model, r_drop, partial(hidden, share=0.2, mask_id=4, special_ids=(0,)))
     recorder = Repeated()
     recorded = Graphs(model, POSITIONS, torch.float16, recorder)
     batches = [batch_of(lengths) for lengths in BATCHES]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibert.model.labels import IGNORE
+from minibert.model.layout import Packed
 from minibert.text.batches import Batch, Example, packed, padded
-from minibert.training.r_drop import RDrop, disagreement
+from minibert.training.r_drop import RDrop, disagreement, hidden
 
 LABELS = ("O", "B-A", "I-A")
 EXAMPLES = [
@@ -29,18 +32,25 @@ def both_divergences(p_WL: torch.Tensor, q_WL: torch.Tensor) -> torch.Tensor:
     return (there + back) / 2
 
 
+@pytest.mark.parametrize("hide", [0.0, 0.5])
 @pytest.mark.parametrize("batch", [packed(EXAMPLES), padded(EXAMPLES, 0)], ids=["packed", "padded"])
-def test_loss_and_gradients_follow_the_formula(batch: Batch) -> None:
-    weight = 0.7
+def test_loss_and_gradients_follow_the_formula(batch: Batch, hide: float) -> None:
+    weight, mask_id = 0.7, 11
     model = small_bert(noise=0.0, labels=LABELS, hidden_dropout_prob=0.3).train()
     torch.manual_seed(1)
-    output = RDrop(model, weight)(**batch.inputs)
+    second = partial(hidden, share=hide, mask_id=mask_id, special_ids=(0, 2, 3))
+    output = RDrop(model, weight, second)(**batch.inputs)
     output.loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
 
     torch.manual_seed(1)
-    p, q = model(**batch.inputs), model(**batch.inputs)
+    p, ids = model(**batch.inputs), batch.inputs["input_ids"]
+    if hide:
+        hits = torch.rand(ids.shape) < hide
+        ids = torch.where(hits & (ids > 3), mask_id, ids)
+        assert not torch.equal(ids, batch.inputs["input_ids"])
+    q = model(**{**batch.inputs, "input_ids": ids})
     assert torch.equal(output.logits, p.logits)
     word = batch.inputs["labels"] != IGNORE
     apart = both_divergences(p.logits[word], q.logits[word])
@@ -56,6 +66,27 @@ def test_without_dropout_it_is_the_models_loss() -> None:
     model = small_bert(labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     inputs = packed(EXAMPLES).inputs
     assert torch.equal(RDrop(model.train(), 2.0)(**inputs).loss, model(**inputs).loss)
+
+
+def test_how_many_pieces_are_hidden() -> None:
+    """Each with the same probability, [CLS], [SEP] and padding never; the first pass sees all."""
+    seen: list[torch.Tensor] = []
+    model = small_bert(labels=LABELS)
+    model.bert.embeddings.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    ids = torch.arange(20).repeat(500)
+    layout = Packed.from_lengths([50] * 200)
+    torch.manual_seed(0)
+    second = partial(hidden, share=0.15, mask_id=4, special_ids=(0, 2, 3))
+    RDrop(model, 1.0, second)(input_ids=ids, labels=torch.zeros_like(ids), layout=layout)
+    assert torch.equal(seen[0], ids)
+    hits = seen[1] != ids
+    assert (seen[1][hits] == 4).all()
+    counts = torch.bincount(ids[hits], minlength=20)
+    ordinary = [i for i in range(20) if i not in (0, 2, 3, 4)]
+    assert counts.sum() == counts[ordinary].sum()
+    # Of 500 draws: 75 with a standard deviation of 8.
+    assert all(35 < counts[i] < 115 for i in ordinary)
+    assert abs(int(counts.sum()) - 1200) < 4 * 32  # of 8000
 
 
 @given(st.integers(0, 10**6), st.integers(1, 9), st.sampled_from([1e-3, 1.0, 50.0]), st.booleans())

@@ -32,7 +32,7 @@ MODES = {
     # An average, a scaler, two passes a batch, and a last step of a single batch.
     "accumulated": (
         *("--accumulate", "3", "--batch-size", "3", "--dtype", "fp16", "--seed", "3"),
-        *("--r-drop", "1"),
+        *("--r-drop", "1", "--hide", "0.2"),
     ),
     "crf": ("--head", "crf", "--dtype", "bf16", "--seed", "4"),
 }

@@ -144,9 +144,14 @@ def test_a_run_with_nothing_to_evaluate_on(files: Path, small: Path, tmp_path: P
             ("--model", "{small}", "--corpus", "demo", "--r-drop", "-1"),
             "r_drop must not be negative",
         ),
+        (("--model", "{small}", "--corpus", "demo", "--hide", "1"), "hide is a share"),
+        (
+            ("--model", "{small}", "--corpus", "demo", "--hide", "0.1"),
+            "hide 0.1 needs a second run",
+        ),
         (
             ("--model", "{small}", "--recipe", "accurate", "--head", "crf"),
-            "--head crf needs --r-drop 0, not 1.0",
+            "--head crf needs --r-drop 0 --hide 0",
         ),
     ],
 )

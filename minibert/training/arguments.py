@@ -92,8 +92,8 @@ def parse(
     recipe = _recipe(parser, options, RECIPES[options.recipe])
     if recipe.r_drop and options.head != "linear":
         parser.error(
-            f"--head {options.head} needs --r-drop 0, not {recipe.r_drop}: R-Drop compares the "
-            "probabilities of each word alone"
+            f"--head {options.head} needs --r-drop 0 --hide 0: R-Drop compares the probabilities "
+            "of each word alone"
         )
     return options, recipe
 

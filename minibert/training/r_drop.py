@@ -6,12 +6,18 @@ p and q are a word's probabilities under two dropout masks. Inference runs witho
 pass of training did; passes that agree with each other are closer to it. Training takes twice as
 long, and inference stays as it is.
 
+The second pass may also see some word-pieces as [MASK], as in token cutoff (Shen et al. 2020,
+arXiv:2009.13818, who drop them altogether). Hidden words keep their labels, which must then follow
+from their neighbours.
+
 The paper is arXiv:2106.14448. The weight is alpha as in the authors' example on
 https://github.com/dropreg/R-Drop; the paper adds the two cross-entropies, so that its alpha is
 twice this one. Shape legend: model/layout.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -27,26 +33,51 @@ class RDrop(nn.Module):
     Args:
         model: its head scores every token, and its loss is the mean cross-entropy over the labels.
         weight: of the disagreement.
+        second: what the second pass sees of ``input_ids``; for example ``partial(hidden, ...)``.
     """
 
-    def __init__(self, model: BertWithHead, weight: float):
+    def __init__(
+        self,
+        model: BertWithHead,
+        weight: float,
+        second: Callable[[Tensor], Tensor] = lambda input_ids: input_ids,
+    ):
         super().__init__()
-        self.model, self.weight = model, weight
+        self.model, self.weight, self.second = model, weight, second
 
-    def forward(self, *, labels: Tensor, **inputs: Tensor | Packed) -> BertOutput:
+    def forward(
+        self, *, input_ids: Tensor, labels: Tensor, **inputs: Tensor | Packed
+    ) -> BertOutput:
         """Both passes over one batch, with the arguments of the model.
 
         Returns:
             The logits of the first pass, and the loss of both.
         """
-        p = self.model(labels=labels, **inputs)
+        p = self.model(input_ids=input_ids, labels=labels, **inputs)
         # Both passes would share a cached cast, and their gradients add up in its format.
         torch.clear_autocast_cache()
-        q = self.model(labels=labels, **inputs)
+        q = self.model(input_ids=self.second(input_ids), labels=labels, **inputs)
         cross_entropy = (p.loss + q.loss) / 2
         return BertOutput(
             p.logits, cross_entropy + self.weight * disagreement(p.logits, q.logits, labels)
         )
+
+
+def hidden(ids: Tensor, share: float, mask_id: int, special_ids: Collection[int]) -> Tensor:
+    """The same word-pieces, each hidden with probability ``share``, by torch's generator.
+
+    Args:
+        ids: int64, of any shape.
+        share: in [0, 1).
+        mask_id: of what a hidden piece becomes.
+        special_ids: what is never hidden.
+    """
+    if not share:
+        return ids
+    hits = torch.rand(ids.shape, device=ids.device) < share
+    for special in special_ids:
+        hits &= ids != special
+    return ids.masked_fill(hits, mask_id)
 
 
 def disagreement(p_NL: Tensor, q_NL: Tensor, labels_N: Tensor) -> Tensor:

@@ -101,11 +101,19 @@ class TaggingRecipe(Recipe):
         "run every batch twice, and add this times the disagreement of the two passes to the loss, "
         "which takes twice the time; 0: once",
     ] = 0.0
+    hide: Annotated[
+        float,
+        "share of the word-pieces, in [0, 1), that the second of these runs sees as [MASK]",
+    ] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.r_drop >= 0:
             raise ValueError(f"r_drop must not be negative, got {self.r_drop}")
+        if not 0 <= self.hide < 1:
+            raise ValueError(f"hide is a share of the word-pieces, in [0, 1), got {self.hide}")
+        if self.hide and not self.r_drop:
+            raise ValueError(f"hide {self.hide} needs a second run: raise r_drop, or set hide to 0")
         if self.decode not in ("best", "each"):
             raise ValueError(f"decode must be best or each, got {self.decode!r}")
 

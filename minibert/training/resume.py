@@ -150,7 +150,7 @@ def identity(
     values = {
         name: str(value)
         for name, value in asdict(recipe).items()
-        if name != "r_drop" or value  # older checkpoints do not have it
+        if name not in ("r_drop", "hide") or value  # older checkpoints do not have it
     } | {
         "seed": str(options.seed),
         "dtype": dtype,
