@@ -1,1 +1,1 @@
-"""What is fast and need not be read first: prepacked layers, fused kernels, CUDA graphs."""
+"""What is fast and need not be read first: prepacked layers, CPU and CUDA kernels, CUDA graphs."""
