@@ -341,9 +341,10 @@ def open_model(
         linear = prepacked.choose(where, chosen, may_round=dtype == "auto").value
 
     def convert(layer: EncoderLayer) -> nn.Module:
+        assert linear
         memory.release_freed_memory()  # of the layer before
         try:
-            return prepacked.PrepackedLayer(layer.to(where), linear) if linear else layer
+            return prepacked.PrepackedLayer(layer.to(where), linear)
         except ValueError:  # ``prepack`` raises it again, once the files are found to be whole
             return layer
 
@@ -353,7 +354,7 @@ def open_model(
         attn_implementation=attn_implementation,
         dtype=chosen,
         device=where,
-        convert_layer=convert,
+        convert_layer=convert if linear else None,
     )
     tokenizer = Tokenizer.from_pretrained(directory)
     if model.load_report.initialised:
