@@ -24,12 +24,12 @@ from minibert import cli
 from minibert.files import MinibertError, home
 from minibert.pretrained import hub
 
-# Tests compile kernels into a home of their own, which shows what else is in the user's.
-own_home = tempfile.TemporaryDirectory(prefix="minibert-home-")
+# Tests compile kernels into a temporary home, which links to what else is in the user's.
+temporary_home = tempfile.TemporaryDirectory(prefix="minibert-home-")
 for entry in home().glob("*"):
     if entry.name != "kernels":
-        Path(own_home.name, entry.name).symlink_to(entry.resolve())
-os.environ["MINIBERT_HOME"] = own_home.name
+        Path(temporary_home.name, entry.name).symlink_to(entry.resolve())
+os.environ["MINIBERT_HOME"] = temporary_home.name
 
 # A shell's background job ignores Ctrl-C, and what it starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -186,7 +186,7 @@ def test_a_tagger_runs_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @needs_kernels
 @pytest.mark.parametrize("before", ["", "import sklearn.metrics; "])
 def test_the_threads_are_those_of_torch(before: str) -> None:
-    """scikit-learn brings an OpenMP library of its own."""
+    """scikit-learn loads another OpenMP library."""
     program = (
         before + "import ctypes, torch; from minibert.speed.cpu import build; build.kernels();"
         "torch.set_num_threads(3); library = ctypes.CDLL(build.openmp_of_torch());"

@@ -17,9 +17,10 @@ from minibert.machine import Chosen
 from minibert.model.attention import AttentionFn, sdpa
 from minibert.model.encoder import EncoderLayer, add_norm
 from minibert.model.heads import BertWithHead, TokenClassificationHead
-from minibert.model.layout import Layout, Packed
+from minibert.model.layout import Layout, Padded
 from minibert.speed.cpu import build, panels
 from minibert.speed.cpu.panels import BytePanels, FloatPanels, HalfPanels, Panels
+from minibert.speed.fused import starts
 from minibert.speed.linear import AVX2, BlockedLinear, ByteLinear, JoinedLinear, LinearLayer
 
 # The operations that torch.compile and torch.ao.quantization lower a linear layer to on a CPU. They
@@ -124,14 +125,9 @@ def _sdpa(qkv_N3HK: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor] | None
 
 def _kernels(qkv_N3HK: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor] | None]:
     """``_sdpa`` by the C++ kernels, where there is no padding."""
-    if isinstance(layout, Packed):
-        starts = layout.starts
-    elif layout.valid_BS is None:
-        stop = qkv_N3HK.shape[0] + 1
-        starts = torch.arange(0, stop, layout.length, dtype=torch.int32, device=qkv_N3HK.device)
-    else:
+    if isinstance(layout, Padded) and layout.valid_BS is not None:
         return _sdpa(qkv_N3HK, layout)
-    return panels.attend(qkv_N3HK, starts), None
+    return panels.attend(qkv_N3HK, starts(layout, qkv_N3HK.device)), None
 
 
 class PrepackedLayer(nn.Module):
