@@ -67,7 +67,7 @@ class NamedEntities:
 
     Args:
         options: the command line.
-        recipe: decode, layout, r_drop and hide.
+        recipe: decode, layout, r_drop, hide and entity_cost.
         team: the processes of the run.
 
     Raises:
@@ -101,6 +101,7 @@ class NamedEntities:
         self.tagger = Tagger(self.model, tokenizer, well_formed=recipe.decode == "best")
         self.pad_id = tokenizer.pad_id
         self.parts = {"training": train_set} | self.evaluated
+        self.entity_cost = recipe.entity_cost
         self.settings = {"head": options.head} if options.head != "linear" else {}
         max_length = recipe.max_length(self.model.config.max_length)
         self._examples = train_set.examples(tokenizer, labels, max_length)
@@ -111,7 +112,9 @@ class NamedEntities:
 
     def evaluate_and_save(self, epoch: int, run: Training, output: Output) -> None:
         """Score the model, keep the best and the last one."""
-        self.reports = evaluate_and_save(epoch, run, self.tagger, self.evaluated, output)
+        self.reports = evaluate_and_save(
+            epoch, run, self.tagger, self.evaluated, output, self.entity_cost
+        )
 
     def report(self, run: Training, output: Output) -> None:
         """Print the scores and the loss curve."""

@@ -38,6 +38,13 @@ CANDIDATES = (
     {"r-drop": "1", "epochs": "6"},
     {"r-drop": "2", "epochs": "6"},
     {"r-drop": "1", "hide": "0.15", "epochs": "6"},
+    {"entity-cost": "1"},
+    {"r-drop": "1", "entity-cost": "1"},
+    {"r-drop": "1", "epochs": "6", "entity-cost": "1"},
+    *(
+        {"r-drop": "1", "hide": "0.15", "epochs": "6", "entity-cost": x}
+        for x in ("0.5", "1", "1.5")
+    ),
 )
 PAGE = ROOT / "docs" / "reproducing-the-paper.md"
 SCORES = ("entity_f1", "token_micro_f1_including_O")

@@ -97,15 +97,16 @@ def test_an_older_checkpoint_does_not_name_the_tokenizers_settings(small: Small)
     assert small.load(checkpoint).step == 2
 
 
-def test_r_drop_counts_only_where_it_is_on(small: Small, tmp_path: Path) -> None:
-    """Older checkpoints do not have it."""
+def test_newer_fields_count_only_where_they_are_on(small: Small, tmp_path: Path) -> None:
+    """Older checkpoints do not have them."""
     model = small_checkpoint(tmp_path / "model", **TINY)
     options = argparse.Namespace(seed=1, graphs=False)
-    for r_drop, hide in ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25)):
-        recipe = replace(RECIPES["default"], r_drop=r_drop, hide=hide)
+    for r_drop, hide, entity_cost in ((0.0, 0.0, 0.0), (0.5, 0.0, 0.0), (0.5, 0.25, 1.5)):
+        new = {"r_drop": r_drop, "hide": hide, "entity_cost": entity_cost}
+        recipe = replace(RECIPES["default"], **new)
         found = identity(small.run, recipe, options, "fp32", model, {})
-        assert found.get("r_drop") == (str(r_drop) if r_drop else None)
-        assert found.get("hide") == (str(hide) if hide else None)
+        for name, value in new.items():
+            assert found.get(name) == (str(value) if value else None)
 
 
 @pytest.mark.parametrize(

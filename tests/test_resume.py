@@ -29,10 +29,10 @@ from minibert.training.stop import STOPPING, Stop
 MODES = {
     "padded": ("--layout", "longest", "--dtype", "fp32", "--seed", "1"),
     "packed": ("--layout", "packed", "--dtype", "bf16", "--seed", "2", "--bucket", "3"),
-    # An average, a scaler, two passes a batch, and a last step of a single batch.
+    # An average, a scaler, two passes a batch, a cost, and a last step of a single batch.
     "accumulated": (
         *("--accumulate", "3", "--batch-size", "3", "--dtype", "fp16", "--seed", "3"),
-        *("--r-drop", "1", "--hide", "0.2"),
+        *("--r-drop", "1", "--hide", "0.2", "--entity-cost", "0.5"),
     ),
     "crf": ("--head", "crf", "--dtype", "bf16", "--seed", "4"),
 }

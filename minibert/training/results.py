@@ -14,6 +14,7 @@ from minibert.processes import Team
 from minibert.tagging.evaluate import Report, evaluate
 from minibert.tagging.tagger import Tagger
 from minibert.training.corpus import Part
+from minibert.training.entity_cost import charged
 from minibert.training.loss_curve import curve_for, write_png
 from minibert.training.output import Output
 from minibert.training.resume import Training
@@ -26,7 +27,12 @@ def progress(steps: list, done: int, title: str, team: Team) -> tqdm:
 
 
 def evaluate_and_save(
-    epoch: int, run: Training, tagger: Tagger, evaluated: dict[str, Part], output: Output
+    epoch: int,
+    run: Training,
+    tagger: Tagger,
+    evaluated: dict[str, Part],
+    output: Output,
+    entity_cost: float = 0.0,
 ) -> dict[str, Report]:
     """After an epoch: score the averaged weights, save them as ``last`` and, if best, as ``best``.
 
@@ -36,6 +42,7 @@ def evaluate_and_save(
         tagger: of the model that is trained.
         evaluated: the sets to score by name; "dev" chooses the best epoch.
         output: gets ``best``, ``last`` and ``metrics.jsonl``.
+        entity_cost: of the recipe.
 
     Returns:
         The reports by the names of the sets.
@@ -44,7 +51,7 @@ def evaluate_and_save(
     if epoch == 1:  # an earlier run's, which this one may not replace
         output.discard("best", "report.json", "loss.png")
     tagger.model.eval()
-    with run.average.swapped_in():
+    with run.average.swapped_in(), charged(tagger.model.head, entity_cost):
         for name, part in evaluated.items():
             reports[name] = evaluate(tagger, part.sentences, part.source)
             print(f"epoch {epoch}, {name}: {reports[name].summary()}")

@@ -53,6 +53,7 @@ FORMAT = 1
 REQUIRED = {"arguments", "machine", "step", "optimizer_steps", "scaler", "best_f1", "log"}
 STATE_BYTES = 1 << 30  # most in a state.json; the log has about 100 bytes per step
 SETTINGS = "the model's tokenizer_config.json"
+NEWER = ("r_drop", "hide", "entity_cost")  # of a recipe: older checkpoints do not have them
 
 
 class DamagedError(MinibertError):
@@ -148,9 +149,7 @@ def identity(
         parts: the sentences by purpose; they count, not the files' names.
     """
     values = {
-        name: str(value)
-        for name, value in asdict(recipe).items()
-        if name not in ("r_drop", "hide") or value  # older checkpoints do not have it
+        name: str(value) for name, value in asdict(recipe).items() if value or name not in NEWER
     } | {
         "seed": str(options.seed),
         "dtype": dtype,
