@@ -359,7 +359,7 @@ def test_an_output_that_is_renamed_during_evaluation(
     monkeypatch.setattr("minibert.training.results.evaluate", rename)
     with owned(tmp_path / "run", WRITER) as output:
         with pytest.raises(MinibertError, match="run was renamed or removed: move it back"):
-            evaluate_and_save(1, run, tagger, {"dev": part}, output)
+            evaluate_and_save(1, run, tagger, {"dev": part}, output, 0.0)
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 

@@ -148,6 +148,10 @@ def test_a_run_with_nothing_to_evaluate_on(files: Path, small: Path, tmp_path: P
             ("--model", "{small}", "--corpus", "demo", "--entity-cost", "-1"),
             "entity_cost must be in [0, 100]",
         ),
+        (
+            ("--model", "{small}", "--recipe", "paper", "--entity-cost", "1"),
+            "entity_cost 1.0 needs decode best",
+        ),
         (("--model", "{small}", "--corpus", "demo", "--hide", "1"), "hide is a share"),
         (
             ("--model", "{small}", "--corpus", "demo", "--hide", "0.1"),

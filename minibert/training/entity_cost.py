@@ -1,18 +1,16 @@
 """The entity cost: a constant off the classifier's bias for every label that begins an entity.
 
-Entity F1 is highest if an entity is given only where it is right with a probability above F1 / 2
-(Lipton et al. 2014, arXiv:1402.1892). The most probable sequence of labels also has less probable
-entities, of doubtful type or boundaries. The cost removes many of them, as the word insertion
-penalty does in speech recognition. Inference takes no longer, and every program that opens the
-model has it. The probabilities of entities are lower with it.
+Entity F1 is highest if an entity is given only where it is right with a probability above half the
+best F1 (Lipton et al. 2014, arXiv:1402.1892). The most probable sequence of labels also has less
+probable entities: types and boundaries compete, and a fine-tuned BERT is surer than it is right.
+The cost removes many of them, as the word insertion penalty does in speech recognition. Viterbi
+then finds the sequence with the highest log-probability minus the cost of its entities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from minibert.model.heads import TokenClassificationHead
 
@@ -27,8 +25,7 @@ def charged(head: TokenClassificationHead, cost: float) -> Iterator[None]:
     """
     bias_L = head.classifier.bias.detach()
     before_L = bias_L.clone()
-    begins_L = torch.tensor([label.startswith("B-") for label in head.labels])
-    bias_L -= cost * begins_L.to(bias_L)
+    bias_L[[label.startswith("B-") for label in head.labels]] -= cost
     try:
         yield
     finally:

@@ -107,8 +107,8 @@ class TaggingRecipe(Recipe):
     ] = 0.0
     entity_cost: Annotated[
         float,
-        "in [0, 100]: lowers the bias of every label that begins an entity in the saved model, "
-        "which then gives fewer doubtful entities",
+        "in [0, 100]: take this off the bias of every B- label when the model is scored and saved, "
+        "so that it gives fewer doubtful entities; 0: none",
     ] = 0.0
 
     def __post_init__(self) -> None:
@@ -123,6 +123,11 @@ class TaggingRecipe(Recipe):
             raise ValueError(f"entity_cost must be in [0, 100], got {self.entity_cost}")
         if self.decode not in ("best", "each"):
             raise ValueError(f"decode must be best or each, got {self.decode!r}")
+        if self.entity_cost and self.decode == "each":
+            raise ValueError(
+                f"entity_cost {self.entity_cost} needs decode best: word by word, an I- label "
+                "would take the place of its B-"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

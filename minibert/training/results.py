@@ -32,7 +32,7 @@ def evaluate_and_save(
     tagger: Tagger,
     evaluated: dict[str, Part],
     output: Output,
-    entity_cost: float = 0.0,
+    entity_cost: float,
 ) -> dict[str, Report]:
     """After an epoch: score the averaged weights, save them as ``last`` and, if best, as ``best``.
 
@@ -42,7 +42,7 @@ def evaluate_and_save(
         tagger: of the model that is trained.
         evaluated: the sets to score by name; "dev" chooses the best epoch.
         output: gets ``best``, ``last`` and ``metrics.jsonl``.
-        entity_cost: of the recipe.
+        entity_cost: with which they are scored and saved.
 
     Returns:
         The reports by the names of the sets.
