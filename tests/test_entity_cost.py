@@ -1,4 +1,4 @@
-"""The cost of an entity: what it does to a model, to a run, and to what is decoded."""
+"""The cost of an entity: what it does to a model and to a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from training_runs import Run, demo_files
 
 from minibert import Tagger
-from minibert.model.labels import best_labels
 from minibert.tagging.evaluate import evaluate
 from minibert.text.bio import read_bio
 from minibert.training.entity_cost import charged
@@ -33,21 +32,6 @@ def test_only_labels_that_begin_an_entity_lose_it_and_only_inside(head: str) -> 
         raise OSError
     for name, x in model.state_dict().items():
         assert torch.equal(x, before[name])
-
-
-def test_an_entity_stays_while_it_gains_more_than_the_cost() -> None:
-    """By all of its words together, each compared with O."""
-    scores_WL = torch.zeros(6, 5)
-    scores_WL[[0, 2, 3, 5], [1, 3, 4, 1]] = torch.tensor([0.5, 0.75, 0.5, 2.0])
-    for cost, tags in (
-        (0.4, "B-X O B-Y I-Y O B-X"),
-        (0.8, "O O B-Y I-Y O B-X"),
-        (1.2, "O O B-Y I-Y O B-X"),
-        (1.3, "O O O O O B-X"),
-        (2.1, "O O O O O O"),
-    ):
-        ids = best_labels((scores_WL - cost * BEGINS).log_softmax(-1), LABELS)
-        assert [LABELS[i] for i in ids] == tags.split()
 
 
 def test_a_run_scores_and_saves_with_it_and_trains_as_without(tmp_path: Path) -> None:
