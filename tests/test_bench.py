@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from benchmarks import bench, choose_recipe, report, runs, scores, systems
+from benchmarks import agreement, bench, choose_recipe, report, runs, scores, systems
 from benchmarks.child import run_child
 from benchmarks.workload import NATIVE, OURS
 from minibert.files import MinibertError
 from minibert.text import demo
-from minibert.text.bio import write_bio
+from minibert.text.bio import Sentence, write_bio
 from minibert.training.recipe import RECIPES
 
 
@@ -245,7 +245,10 @@ def test_the_documents_have_the_tables_of_the_results_in_the_repository() -> Non
             ("scores", scores.table()),
             ("compare", systems.section(runs.RESULTS, systems.SHORT)),
         ],
-        "docs/reproducing-the-paper.md": [("recipes", choose_recipe.table(runs.RESULTS))],
+        "docs/reproducing-the-paper.md": [
+            ("recipes", choose_recipe.table(runs.RESULTS)),
+            ("agreement", agreement.table(runs.RESULTS)),
+        ],
         "docs/speed.md": [("speed", report.page(results))],
         "docs/baselines.md": [("compare", systems.section(runs.RESULTS))],
     }
@@ -253,6 +256,27 @@ def test_the_documents_have_the_tables_of_the_results_in_the_repository() -> Non
         text = (runs.ROOT / document).read_text()
         for name, section in expected:
             assert f"<!-- {name} -->\n{section}\n<!-- /{name} -->" in text, document
+
+
+def test_two_annotations_of_one_sentence_are_scored_as_a_model() -> None:
+    """The one that occurs three times has three pairs; what occurs once does not count."""
+    seen = [
+        ("a b", "O B-X"),
+        ("a b", "O B-X"),
+        ("a b", "O O"),
+        ("c", "B-Y"),
+        ("c", "B-Y"),
+        ("d", "O"),
+    ]
+    sentences = [Sentence(tuple(w.split()), tuple(t.split())) for w, t in seen]
+    found = agreement.measured(sentences)
+    counts = [found[name] for name in ("repeated", "annotated alike", "pairs", "words")]
+    assert counts == [2, 1, 4, 1.5]
+    # Of the three pairs of "a b", one is alike, and two share one word of two and no entity.
+    assert found["token"][0] == pytest.approx(100 * (4 + 1) / 7)
+    assert found["entity"][0] == pytest.approx(100 * 2 * (1 + 1) / (4 + 2))
+    assert found["token"][1:] == pytest.approx([100 * 4 / 6, 100])  # both draws the same sentence
+    assert found["entity"][1:] == pytest.approx([50, 100])
 
 
 def test_the_peak_memory_of_a_child_is_measured() -> None:
