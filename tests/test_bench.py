@@ -275,7 +275,8 @@ def test_two_annotations_of_one_sentence_are_scored_as_a_model() -> None:
     # Of the three pairs of "a b", one is alike, and two share one word of two and no entity.
     assert found["token"][0] == pytest.approx(100 * (4 + 1) / 7)
     assert found["entity"][0] == pytest.approx(100 * 2 * (1 + 1) / (4 + 2))
-    assert found["token"][1:] == pytest.approx([100 * 4 / 6, 100])  # both draws the same sentence
+    # A resample may have one of the two sentences twice.
+    assert found["token"][1:] == pytest.approx([100 * 4 / 6, 100])
     assert found["entity"][1:] == pytest.approx([50, 100])
 
 
