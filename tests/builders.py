@@ -49,6 +49,9 @@ no_kernels = (
     if not cpu_flags().issuperset(build.NEEDED)
     else ""
 )
+no_bf16_kernel = no_kernels or (
+    "" if cpu_flags().issuperset(build.AVX512) else "no AVX512 with VNNI and BF16"
+)
 # Any lowercase word of ASCII letters has pieces in this vocabulary.
 PIECES = (*SPECIAL, *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase))
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PIECES, no_kernels, small_bert, small_checkpoint
+from builders import PIECES, no_bf16_kernel, no_kernels, small_bert, small_checkpoint
 
 from minibert import Tagger
 from minibert.speed import prepacked
-from minibert.speed.cpu.panels import BytePanels, FloatPanels, HalfPanels, Panels
+from minibert.speed.cpu.panels import Bf16Panels, BytePanels, FloatPanels, HalfPanels, Panels
 from minibert.speed.linear import BlockedLinear, ByteLinear
 from minibert.text.batches import Example, packed, rounded
 
@@ -92,7 +92,9 @@ def test_a_thousand_groupings_give_the_same_bits(tagger: Tagger, threads: int) -
         check_groupings(tagger, random.Random(seed), longest=600, groupings=40)
 
 
-@pytest.mark.parametrize("linear", [BlockedLinear, ByteLinear, FloatPanels, HalfPanels, BytePanels])
+@pytest.mark.parametrize(
+    "linear", [BlockedLinear, ByteLinear, FloatPanels, HalfPanels, BytePanels, Bf16Panels]
+)
 @pytest.mark.parametrize(("inner", "outer"), [(384, 1152), (3072, 768), (384, 5)])
 @torch.inference_mode()
 def test_a_row_of_a_product_does_not_depend_on_the_number_of_rows(
@@ -104,12 +106,15 @@ def test_a_row_of_a_product_does_not_depend_on_the_number_of_rows(
     """
     if issubclass(linear, Panels) and no_kernels:
         pytest.skip(no_kernels)
+    if linear is Bf16Panels and no_bf16_kernel:
+        pytest.skip(no_bf16_kernel)
     if linear is ByteLinear and not prepacked.choose_int8(torch.device("cpu")).value:
         pytest.skip("int8 cannot run here")
     torch.manual_seed(0)
-    layer = linear(torch.randn(outer, inner) / 20, torch.randn(outer))
-    x = torch.randn(rounded(250), inner)
-    residual = torch.randn(len(x), outer)
+    dtype = torch.bfloat16 if linear is Bf16Panels else torch.float32
+    layer = linear(torch.randn(outer, inner, dtype=dtype) / 20, torch.randn(outer, dtype=dtype))
+    x = torch.randn(rounded(250), inner, dtype=dtype)
+    residual = torch.randn(len(x), outer, dtype=dtype)
     whole, gelu, plus = layer(x), layer.gelu(x), layer.plus(x, residual)
     filled = {rounded(n) for n in range(1, len(x), 7)}
     for rows in range(1, 30) if issubclass(linear, Panels) else sorted(filled):

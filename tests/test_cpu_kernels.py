@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs with AVX2: against float64, against oneDNN, and how they are built."""
+"""The C++ kernels for CPUs: against float64, against oneDNN, and how they are built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import no_kernels, small_checkpoint
+from builders import no_bf16_kernel, no_kernels, small_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from minibert import Tagger
 from minibert.files import home
 from minibert.speed import prepacked
 from minibert.speed.cpu import build, panels
-from minibert.speed.cpu.panels import BytePanels, FloatPanels, HalfPanels
+from minibert.speed.cpu.panels import Bf16Panels, BytePanels, FloatPanels, HalfPanels
 from minibert.speed.linear import AVX2, BlockedLinear
 
 needs_kernels = pytest.mark.skipif(bool(no_kernels), reason=no_kernels)
@@ -56,6 +56,31 @@ def test_products_are_as_near_to_the_truth_as_those_of_torch(
     assert ((layer(x) - exact).abs() <= bound).all()
     assert ((layer.gelu(x) - F.gelu(exact)).abs() <= 1.2 * bound + 1e-6).all()
     assert torch.equal(HalfPanels(weight, bias)(x), FloatPanels(weight.half().float(), bias)(x))
+
+
+@pytest.mark.skipif(bool(no_bf16_kernel), reason=no_bf16_kernel)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 1100), st.integers(1, 50), st.integers(0, 2**31))
+def test_products_in_bf16_are_sums_in_fp32_rounded_once(
+    rows: int, inputs: int, outputs: int, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x, weight, bias = (
+        torch.randn(*shape, generator=draw).bfloat16()
+        for shape in ((rows, inputs), (outputs, inputs), (outputs,))
+    )
+    exact = x.double() @ weight.double().T + bias
+    magnitudes = x.abs().double() @ weight.abs().double().T + bias.abs()
+    error = magnitudes * (inputs + 1) * 2.0**-23  # of the sum (Higham 2002, equation 3.5), doubled
+    layer = Bf16Panels(weight, bias)
+    residual = torch.randn(rows, outputs, generator=draw).bfloat16()
+    found, gelu, plus = layer(x), layer.gelu(x), layer.plus(x, residual)
+    assert found.dtype == gelu.dtype == torch.bfloat16
+    assert ((found - exact).abs() <= error + exact.abs() * 2.0**-8).all()
+    exact += residual
+    assert ((plus - exact).abs() <= error + exact.abs() * 2.0**-8 + residual.abs() * 2.0**-23).all()
+    true_gelu = F.gelu(exact - residual)
+    assert ((gelu - true_gelu).abs() <= 1.2 * error + true_gelu.abs() * 2.0**-8 + 1e-6).all()
 
 
 @needs_kernels
@@ -173,7 +198,7 @@ def test_a_tagger_runs_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         function = build.kernels()[name]
         return lambda *arguments: calls.append(name) or function(*arguments)
 
-    counting = {name: counted(name) for name in build.SIGNATURES}
+    counting = {name: counted(name) for name in build.kernels()}
     monkeypatch.setattr(panels, "kernels", lambda: counting)
     directory = small_checkpoint(tmp_path, num_hidden_layers=2)
     for dtype, product in (("fp32", "multiply_fp32"), ("int8", "multiply_int8")):
@@ -181,6 +206,10 @@ def test_a_tagger_runs_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         layer = [product, "attend", product, "add_norm", product, product, "add_norm"]
         assert calls == [*layer, *layer, "multiply_fp32"]  # the last is the classifier
         calls.clear()
+    if not no_bf16_kernel:
+        monkeypatch.setattr(prepacked, "AVX512_KERNELS", True)
+        Tagger.from_pretrained(directory, dtype="bf16", device="cpu")("who directed jaws")
+        assert calls == ["multiply_bf16"] * 9
 
 
 @needs_kernels
@@ -206,6 +235,8 @@ def test_nothing_is_written_beside_a_result(outputs: int) -> None:
     starts, gamma = torch.tensor([0, 3, 7], dtype=torch.int32), torch.randn(outputs)
     y = torch.randn(N, outputs)
     layers = [kind(weight, bias) for kind in (FloatPanels, HalfPanels, BytePanels)]
+    if not no_bf16_kernel:
+        layers.append(Bf16Panels(weight.bfloat16(), bias.bfloat16()))
     inputs = [
         x,
         qkv,
@@ -216,8 +247,8 @@ def test_nothing_is_written_beside_a_result(outputs: int) -> None:
     ]
     before = [tensor.clone() for tensor in inputs]
 
-    def check(size: int, name: str, *arguments: float) -> None:
-        room = torch.full((size + 64,), 7.0)
+    def check(size: int, name: str, *arguments: float, dtype: torch.dtype = torch.float32) -> None:
+        room = torch.full((size + 64,), 7.0, dtype=dtype)
         arguments = tuple(room[32:].data_ptr() if a is None else a for a in arguments)
         panels.run(name, *arguments)
         assert (room[:32] == 7).all()
@@ -225,8 +256,11 @@ def test_nothing_is_written_beside_a_result(outputs: int) -> None:
         assert not (room[32 : 32 + size] == 7).any()
 
     for f in layers:
-        place = (x.data_ptr(), N, D, f.panels.data_ptr(), f.bias_O.data_ptr(), 1, outputs, None)
-        check(N * outputs, f.kernel, *place, *(tensor.data_ptr() for tensor in f.extra))
+        read = F.pad(x.to(f.dtype), [0, -D % f.multiple])
+        place = (read.data_ptr(), *read.shape, f.panels.data_ptr(), f.bias_O.data_ptr())
+        no_residual = [0] * isinstance(f, Bf16Panels)
+        extra = [*(tensor.data_ptr() for tensor in f.extra), *no_residual]
+        check(N * outputs, f.kernel, *place, 1, outputs, None, *extra, dtype=f.dtype)
     scale = K**-0.5
     check(N * outputs * K, "attend", qkv.data_ptr(), starts.data_ptr(), 2, outputs, K, scale, None)
     weights = (gamma.data_ptr(), gamma.data_ptr())
@@ -293,6 +327,42 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         build.kernels()
 
 
+@pytest.mark.skipif(bool(no_bf16_kernel), reason=no_bf16_kernel)
+def test_avx512_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what runs without it too: tiles of one and of two panels, tails, what is not finite."""
+    torch.manual_seed(0)
+    x, qkv = torch.randn(200, 77) * 3, torch.randn(200, 3, 2, 26)
+    x[3, 5], x[4, 5] = torch.nan, torch.inf
+    qkv[100:, :2] *= 20  # scores so far apart that weights are 0
+    qkv[5, 0, 0, 0] = torch.nan
+    starts = torch.tensor([0, 7, 40, 200], dtype=torch.int32)
+    norm, none = nn.LayerNorm(77), nn.Dropout(0.0)
+    layers = [
+        kind(torch.randn(outputs, 77), torch.randn(outputs))
+        for kind in (FloatPanels, HalfPanels, BytePanels)
+        for outputs in (5, 16, 40, 64)
+    ]
+
+    @torch.no_grad()
+    def bits() -> list[Tensor]:
+        build.kernels.cache_clear()
+        found = [layer(x) for layer in layers] + [layer.gelu(x) for layer in layers]
+        found += [panels.attend(qkv, starts), panels.add_norm(x, x, norm, none)]
+        return [y.view(torch.int32) for y in found]
+
+    assert build.instructions() == (*build.NEEDED, *build.AVX512)
+    with_avx512 = bits()
+    try:
+        monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.NEEDED))
+        monkeypatch.setenv("MINIBERT_HOME", str(tmp_path))
+        assert build.instructions() == build.NEEDED
+        assert all(map(torch.equal, bits(), with_avx512))
+        with pytest.raises(build.BuildError, match="multiply_bf16 is for a CPU with avx512f"):
+            panels.run("multiply_bf16")
+    finally:
+        build.kernels.cache_clear()
+
+
 def test_another_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx2"}))
     build.kernels.cache_clear()
@@ -301,7 +371,10 @@ def test_another_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("linear", [FloatPanels, HalfPanels, BytePanels])
+@pytest.mark.parametrize("linear", [FloatPanels, HalfPanels, BytePanels, Bf16Panels])
 def test_no_rows(linear: type) -> None:
-    layer = linear(torch.randn(20, 30), torch.randn(20))
-    assert layer(torch.empty(0, 30)).shape == layer.gelu(torch.empty(0, 30)).shape == (0, 20)
+    if linear is Bf16Panels and no_bf16_kernel:
+        pytest.skip(no_bf16_kernel)
+    layer = linear(torch.randn(20, 30, dtype=linear.dtype), torch.randn(20, dtype=linear.dtype))
+    none = torch.empty(0, 30, dtype=linear.dtype)
+    assert layer(none).shape == layer.gelu(none).shape == (0, 20)

@@ -218,7 +218,8 @@ def test_where_int8_cannot_run(
         "minibert: dtype int8: only prepacked layers have it: leave out --plain or prepack=False\n"
     )
     assert choose_int8(torch.device("cuda")).reason == "int8 runs on a CPU, not on cuda"
-    monkeypatch.setattr(prepacked, "AVX2", False)
+    for instructions in ("AVX2", "AVX512_KERNELS"):
+        monkeypatch.setattr(prepacked, instructions, False)
     monkeypatch.setattr(prepacked, "BYTE", ("quantized::gone",))
     with pytest.raises(MinibertError) as refused:
         Tagger.from_pretrained(directory, dtype="int8", device="cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import no_kernels, small_checkpoint
+from builders import no_bf16_kernel, no_kernels, small_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,8 +22,8 @@ from minibert.model.encoder import EncoderLayer
 from minibert.speed import linear as linear_layers
 from minibert.speed import prepacked
 from minibert.speed.cpu import build
-from minibert.speed.cpu.panels import FloatPanels, HalfPanels, Panels
-from minibert.speed.linear import BlockedLinear, JoinedLinear
+from minibert.speed.cpu.panels import Bf16Panels, BytePanels, FloatPanels, HalfPanels, Panels
+from minibert.speed.linear import BlockedLinear, ByteLinear, JoinedLinear
 from minibert.speed.prepacked import PrepackedLayer, choose, prepack
 from minibert.study.parity.ulps import max_abs
 from minibert.text.batches import Example, packed, rounded
@@ -35,6 +35,7 @@ KINDS = {
     "fp32 with AVX2": (torch.float32, BlockedLinear, True),  # another GELU
     "fp32 in panels": (torch.float32, FloatPanels, True),
     "bf16": (torch.bfloat16, BlockedLinear, False),
+    "bf16 in panels": (torch.bfloat16, Bf16Panels, False),
     "fp16 weights": (torch.float32, HalfPanels, True),
     "joined": (torch.float32, JoinedLinear, False),  # on a GPU
 }
@@ -52,6 +53,9 @@ def test_the_error_is_within_twice_that_of_the_plain_layers(
     dtype, linear, avx2 = KINDS[kind]
     monkeypatch.setattr(linear_layers, "AVX2", avx2)
     monkeypatch.setattr(prepacked, "AVX2", issubclass(linear, Panels))
+    monkeypatch.setattr(prepacked, "AVX512_KERNELS", linear is Bf16Panels)
+    if linear is Bf16Panels and no_bf16_kernel:
+        pytest.skip(no_bf16_kernel)
     device = torch.device("cuda") if linear is JoinedLinear else CPU
     found = choose(device, dtype, may_round=linear is HalfPanels)
     if found.value is not linear:
@@ -124,12 +128,40 @@ def test_the_reason_for_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "AVX2", True)
     monkeypatch.setattr(build, "obstacle", lambda: "no g++ on this machine: install it")
+    why = "; the C++ kernels cannot run: no g++ on this machine: install it"
     found = choose(CPU, torch.float32, may_round=True)
     assert found.value is BlockedLinear
-    assert found.reason == (
-        "oneDNN reads weights that are packed once; the C++ kernels cannot run: "
-        "no g++ on this machine: install it"
-    )
+    assert found.reason == "oneDNN reads weights that are packed once" + why
+    if (found := prepacked.choose_int8(CPU)).value:
+        assert found.value is ByteLinear
+        assert found.reason.endswith(why)
+    monkeypatch.setattr(prepacked, "AVX512_KERNELS", True)
+    if (found := choose(CPU, torch.bfloat16)).value:
+        assert found.value is BlockedLinear
+        assert found.reason.endswith(why)
+
+
+@pytest.mark.parametrize(
+    ("avx2", "avx512", "linear"),
+    [(True, False, BytePanels), (False, True, BytePanels), (False, False, ByteLinear)],
+)
+def test_which_cpu_multiplies_int8_by_the_kernels(
+    avx2: bool, avx512: bool, linear: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "obstacle", lambda: None)
+    monkeypatch.setattr(prepacked, "AVX2", avx2)
+    monkeypatch.setattr(prepacked, "AVX512_KERNELS", avx512)
+    found = prepacked.choose_int8(CPU)
+    if not found.value:
+        pytest.skip(found.reason)
+    assert found.value is linear
+
+
+def test_amx_is_left_to_onednn() -> None:
+    flags = frozenset(build.AVX512)
+    assert prepacked.avx512_kernels(flags)
+    assert not prepacked.avx512_kernels(flags | {"amx_int8"})
+    assert not prepacked.avx512_kernels(flags - {"avx512_bf16"})
 
 
 def as_with_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +170,7 @@ def as_with_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(no_kernels)
     monkeypatch.setattr(machine, "cpu_flags", frozenset)
     monkeypatch.setattr(prepacked, "AVX2", True)
+    monkeypatch.setattr(prepacked, "AVX512_KERNELS", False)
 
 
 def test_weights_are_rounded_only_with_avx2_and_dtype_auto(

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.machine import Chosen
+from minibert.machine import Chosen, cpu_flags
 from minibert.model.attention import AttentionFn, sdpa
 from minibert.model.encoder import EncoderLayer, add_norm
 from minibert.model.heads import BertWithHead, TokenClassificationHead
 from minibert.model.layout import Layout, Padded
 from minibert.speed.cpu import build, panels
-from minibert.speed.cpu.panels import BytePanels, FloatPanels, HalfPanels, Panels
+from minibert.speed.cpu.panels import Bf16Panels, BytePanels, FloatPanels, HalfPanels, Panels
 from minibert.speed.fused import starts
 from minibert.speed.linear import AVX2, BlockedLinear, ByteLinear, JoinedLinear, LinearLayer
 
@@ -36,6 +36,17 @@ BYTE = (
 Linear = type[LinearLayer]
 
 
+def avx512_kernels(flags: frozenset[str]) -> bool:
+    """Whether the C++ kernels multiply bf16 and int8 on a CPU with these flags and AVX512.
+
+    With AMX they were not measured: it is left to oneDNN.
+    """
+    return flags.issuperset(build.AVX512) and "amx_int8" not in flags
+
+
+AVX512_KERNELS = avx512_kernels(cpu_flags())
+
+
 def choose(
     device: torch.device, dtype: torch.dtype, may_round: bool = False
 ) -> Chosen[Linear | None]:
@@ -50,13 +61,16 @@ def choose(
         return Chosen(JoinedLinear, "one product gives q, k and v")
     if device.type != "cpu":
         return Chosen(None, "only CPU products pack weights in every call")
-    obstacle = None
-    if AVX2 and dtype == torch.float32:
-        obstacle = build.obstacle()
-        if not obstacle and may_round:
-            return Chosen(HalfPanels, "C++ kernels read weights in fp16 and multiply in fp32")
-        if not obstacle:
-            return Chosen(FloatPanels, "C++ kernels read weights that are packed once")
+    found: Chosen[Linear | None] | None = None
+    if AVX2 and dtype == torch.float32 and may_round:
+        found = Chosen(HalfPanels, "C++ kernels read weights in fp16 and multiply in fp32")
+    elif AVX2 and dtype == torch.float32:
+        found = Chosen(FloatPanels, "C++ kernels read weights that are packed once")
+    elif AVX512_KERNELS and dtype == torch.bfloat16:
+        found = Chosen(Bf16Panels, "C++ kernels read weights that are packed once")
+    obstacle = build.obstacle() if found else None
+    if found and not obstacle:
+        return found
     if not torch.backends.mkldnn.is_available():
         return Chosen(None, "torch was built without oneDNN")
     for name in BLOCKED:
@@ -70,9 +84,7 @@ def choose(
     if not supported.get(dtype, False):
         return Chosen(None, f"oneDNN does not multiply {dtype} on this CPU")
     reason = "oneDNN reads weights that are packed once"
-    if obstacle:
-        reason += f"; the C++ kernels cannot run: {obstacle}"
-    return Chosen(BlockedLinear, reason)
+    return Chosen(BlockedLinear, reason + _without_kernels(obstacle))
 
 
 def choose_int8(device: torch.device) -> Chosen[Linear | None]:
@@ -83,14 +95,20 @@ def choose_int8(device: torch.device) -> Chosen[Linear | None]:
     """
     if device.type != "cpu":
         return Chosen(None, f"int8 runs on a CPU, not on {device.type}")
-    if AVX2 and not build.obstacle():
+    obstacle = build.obstacle() if AVX2 or AVX512_KERNELS else None
+    if (AVX2 or AVX512_KERNELS) and not obstacle:
         return Chosen(BytePanels, "C++ kernels multiply int8 and sum in int32")
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return Chosen(None, "torch was built without FBGEMM, or the CPU has no AVX2")
     for name in BYTE:
         if not _is_there(name):
             return Chosen(None, f"torch {torch.__version__} has no {name}")
-    return Chosen(ByteLinear, "FBGEMM and oneDNN multiply int8 and sum in int32")
+    reason = "FBGEMM and oneDNN multiply int8 and sum in int32"
+    return Chosen(ByteLinear, reason + _without_kernels(obstacle))
+
+
+def _without_kernels(obstacle: str | None) -> str:
+    return f"; the C++ kernels cannot run: {obstacle}" if obstacle else ""
 
 
 def _is_there(operation: str) -> bool:
@@ -143,7 +161,7 @@ class PrepackedLayer(nn.Module):
         attention, feed_forward = layer.attention, layer.feed_forward
         qkv = (attention.query, attention.key, attention.value)
         self.qkv = linear(torch.cat([x.weight for x in qkv]), torch.cat([x.bias for x in qkv]))
-        by_kernels = issubclass(linear, Panels)
+        by_kernels = issubclass(linear, Panels) and linear.dtype == torch.float32
         fast = _kernels if by_kernels else _sdpa
         self.attend = fast if attention.attend is sdpa else partial(_by_parts, attention.attend)
         self.head_size = attention.head_size
@@ -199,6 +217,13 @@ class PrepackedLayer(nn.Module):
         return super().train(mode)
 
 
+UNROUNDED: dict[Linear, Linear] = {
+    HalfPanels: FloatPanels,
+    BytePanels: FloatPanels,
+    ByteLinear: BlockedLinear,
+}
+
+
 class PrepackedClassifier(nn.Module):
     """The classifier. MKL would sum in another order where there are few rows."""
 
@@ -234,8 +259,7 @@ def prepack(model: BertWithHead, linear: Linear = BlockedLinear) -> None:
         if isinstance(layer, EncoderLayer):  # not yet prepacked, as while loading
             layers[i] = PrepackedLayer(layer, linear)
     if isinstance(model.head, TokenClassificationHead) and linear is not JoinedLinear:
-        unrounded = FloatPanels if issubclass(linear, Panels) else BlockedLinear
-        classifier = PrepackedClassifier(model.head.classifier, unrounded)
+        classifier = PrepackedClassifier(model.head.classifier, UNROUNDED.get(linear, linear))
         model.head.classifier = classifier  # type: ignore[assignment]  # it takes the same calls
     # The last to be converted: an error of the layers then leaves the whole model as it was.
     embeddings = model.bert.embeddings

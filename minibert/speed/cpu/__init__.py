@@ -1,1 +1,1 @@
-"""Inference by the project's own C++ kernels, on a CPU with AVX2 and no wider vectors."""
+"""Inference by the project's C++ kernels: with AVX2 alone all of it, with AVX512 bf16 and int8."""

@@ -18,11 +18,10 @@ from minibert.machine import cpu_flags
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 COMPILER = "g++"
-NEEDED = ("avx2", "fma", "f16c")  # as /proc/cpuinfo and g++ call them
-FLAGS = (
-    *("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-Wno-psabi"),
-    *(f"-m{name}" for name in NEEDED),
-)
+# As /proc/cpuinfo calls them; g++ leaves the underscore out.
+NEEDED = ("avx2", "fma", "f16c")
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512_vnni", "avx512_bf16")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-Wno-psabi")
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _PRODUCT = (_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _POINTER)
@@ -33,6 +32,7 @@ SIGNATURES: dict[str, Sequence[Any]] = {
     "attend": (_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _FLOAT, _POINTER),
     "add_norm": (*[_POINTER] * 4, _FLOAT, _SIZE, _SIZE, _POINTER),
 }
+AVX512_SIGNATURES: dict[str, Sequence[Any]] = {"multiply_bf16": (*_PRODUCT, _POINTER)}
 
 
 class BuildError(RuntimeError):
@@ -61,7 +61,7 @@ def kernels() -> dict[str, Callable[..., int]]:
     if not cpu_flags().issuperset(NEEDED):  # known on Linux alone
         raise BuildError(f"they are for Linux on a CPU with {', '.join(NEEDED)}")
     openmp = openmp_of_torch()
-    key = "\n".join([SOURCE.read_text(), *FLAGS, openmp, torch.__version__])
+    key = "\n".join([SOURCE.read_text(), *FLAGS, *instructions(), openmp, torch.__version__])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         path = home() / "kernels" / f"cpu-{digest}.so"
@@ -74,10 +74,16 @@ def kernels() -> dict[str, Callable[..., int]]:
             library = ctypes.CDLL(str(path))
     except (MinibertError, OSError) as error:
         raise BuildError(str(error)) from error
-    functions = {name: library[name] for name in SIGNATURES}
+    signatures = SIGNATURES | (AVX512_SIGNATURES if instructions() != NEEDED else {})
+    functions = {name: library[name] for name in signatures}
     for name, function in functions.items():
-        function.argtypes = SIGNATURES[name]
+        function.argtypes = signatures[name]
     return dict(functions)
+
+
+def instructions() -> tuple[str, ...]:
+    """What the kernels are compiled for: what they need, and ``AVX512`` where this CPU has it."""
+    return (*NEEDED, *AVX512) if cpu_flags().issuperset(AVX512) else NEEDED
 
 
 def openmp_of_torch() -> str:
@@ -113,9 +119,10 @@ def compile_source(source: Path, openmp: str) -> bytes:
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled, library = f"{folder}/kernels.o", Path(folder, "kernels.so")
+        machine = [f"-m{name.replace('_', '')}" for name in instructions()]
         # Two calls: g++ links with its own OpenMP library where -fopenmp is a flag of the second.
         for command in (
-            [COMPILER, *FLAGS, "-c", str(source), "-o", compiled],
+            [COMPILER, *FLAGS, *machine, "-c", str(source), "-o", compiled],
             [COMPILER, "-shared", compiled, openmp, "-o", str(library)],
         ):
             try:

@@ -6,6 +6,10 @@
 // serves six rows, each number of x 16 outputs. A row's sums run in the same order in every tile,
 // so a sentence has the same bits in every batch.
 //
+// AVX512 needs one instruction for products of bytes (VNNI) instead of three, and only it multiplies
+// bf16. Its registers have twice the width: there a tile of bytes or of bf16 has two panels. The other
+// functions, and those of bytes, have the same bits with it and without.
+//
 // Threads are those of torch's OpenMP library. The compiler fuses nothing (-ffp-contract=off): only
 // an explicit fmadd rounds once. A function returns 1 if memory is short, else 0.
 //
@@ -27,14 +31,17 @@
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 6")
+#define UNROLL _Pragma("GCC unroll 8")
 
 constexpr long WIDE = 16;      // outputs of a panel: two registers
 constexpr long TALL = 6;       // rows of a tile
 constexpr long DEEP = 1024;    // inputs that are summed up before the sum joins the others
 constexpr long BLOCK = 96;     // rows that meet every panel before the next rows: they stay in L2
 
-constexpr float LEAST = -87.f;          // below, exp is taken as 0: it would not be a normal number
+// Above 2^23 neighbouring numbers differ by 1: adding this rounds to an integer, whose last bits are
+// those of the sum.
+constexpr float ROUNDING = 1.5f * (1 << 23);
+constexpr float LEAST = -87.f;           // below, exp is taken as 0: it would not be a normal number
 constexpr float TINY = 1.17549435e-38f;  // the least normal number
 
 struct Pair {
@@ -85,42 +92,62 @@ INLINE float largest_of(__m256 x) {
 
 INLINE __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
 
+INLINE __m256 fma(__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }
+#ifdef __AVX512BF16__
+INLINE __m512 fma(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
+#endif
+
 // e^x for x <= 88: 2^n e^r with |r| <= ln(2) / 2, and the Taylor polynomial of e^r, which is off by
 // 6e-9 at most. ln(2) is subtracted in two parts, the first with few bits: n times it is exact.
-INLINE __m256 exp(__m256 x) {
-  const __m256 least = _mm256_set1_ps(LEAST);
-  const __m256 is_zero = _mm256_cmp_ps(x, least, _CMP_LT_OQ);
-  x = _mm256_max_ps(least, x);  // in this order NaN stays NaN
-  const __m256 n = _mm256_round_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
-  __m256 y = _mm256_set1_ps(1.f / 5040);
+template <class Vector>
+INLINE Vector exp(Vector x) {
+  using Bits = decltype(x < x);
+  const Vector zero = {}, clipped = x < LEAST ? zero + LEAST : x;  // NaN stays NaN
+  const Vector shifted = clipped * 1.44269504f + ROUNDING, n = shifted - ROUNDING;
+  const Vector r = fma(n, zero - 1.42860677e-6f, fma(n, zero - 0.693145752f, clipped));
+  Vector y = zero + 1.f / 5040;
   for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f})
-    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
-  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-  y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
-  return _mm256_andnot_ps(is_zero, y);
+    y = fma(y, r, zero + c);
+  y = (Vector)((Bits)y + ((Bits)shifted << 23));
+  return x < LEAST ? zero : x == x ? y : x;
 }
 
 // x P(X <= x) for a standard normal X. P(X <= -a) = exp(-a^2 / 2) f(1 / (1 + a / 4)), where f is a
 // polynomial, fitted to the relative error over 0 <= a <= 14.
-INLINE __m256 gelu(__m256 x) {
-  const __m256 a = magnitude(x), one = _mm256_set1_ps(1);
-  const __m256 t = one / _mm256_fmadd_ps(a, _mm256_set1_ps(0.25f), one);
-  __m256 f = _mm256_set1_ps(0.0339469592f);
+template <class Vector>
+INLINE Vector gelu(Vector x) {
+  const Vector zero = {}, a = x < 0 ? -x : x, t = 1 / fma(a, zero + 0.25f, zero + 1);
+  Vector f = zero + 0.0339469592f;
   for (float c : {-0.19617853f, 0.395004091f, -0.33347256f, 0.304489439f, -0.0203853327f,
                   0.121568349f, 0.0948201697f, 0.100229008f, -2.16005302e-05f})
-    f = _mm256_fmadd_ps(f, t, _mm256_set1_ps(c));
-  const __m256 below = exp(a * a * -0.5f) * f;
-  return x * _mm256_blendv_ps(one - below, below, x);
+    f = fma(f, t, zero + c);
+  const Vector below = exp(a * a * -0.5f) * f;
+  return x * (x < 0 ? below : 1 - below);
 }
 
-// Calls product(n, R) for tiles that begin at row n and have R rows, a compile-time constant.
-template <class Product>
+#ifdef __AVX512BF16__
+
+INLINE Pair gelu(Pair x) {
+  const __m512 y = gelu(_mm512_insertf32x8(_mm512_castps256_ps512(x.a), x.b, 1));
+  return {_mm512_castps512_ps256(y), _mm512_extractf32x8_ps(y, 1)};
+}
+
+#else
+
+INLINE Pair gelu(Pair x) { return {gelu(x.a), gelu(x.b)}; }
+
+#endif
+
+// Calls product(n, R) for tiles that begin at row n and have R rows, a compile-time constant: `Tall` of
+// them, and fewer in the last.
+template <long Tall, class Product>
 INLINE void by_tiles(long first, long last, Product product) {
   long n = first;
-  for (; n + TALL <= last; n += TALL) product(n, std::integral_constant<int, TALL>());
+  for (; n + Tall <= last; n += Tall) product(n, std::integral_constant<int, Tall>());
+  // Not a recursion: from one, GCC 12 copies the sums of bytes in every step.
   switch (last - n) {
+    case 7: if constexpr (Tall > 7) product(n, std::integral_constant<int, 7>()); return;
+    case 6: if constexpr (Tall > 6) product(n, std::integral_constant<int, 6>()); return;
     case 5: return product(n, std::integral_constant<int, 5>());
     case 4: return product(n, std::integral_constant<int, 4>());
     case 3: return product(n, std::integral_constant<int, 3>());
@@ -176,7 +203,7 @@ void multiply(const float* x, long N, long I, const Weight* w, const float* bias
       const bool is_first = i == 0, is_last = i + depth == I;
       #pragma omp for nowait schedule(static)
       for (long o = 0; o < O; o += WIDE)
-        by_tiles(block, end, [&](long n, auto R) {
+        by_tiles<TALL>(block, end, [&](long n, auto R) {
           Pair sums[R];
           const Weight* panel = w + o * I + i * WIDE;
           const Next next = Next::part(panel + I * WIDE, depth, (n - block) / TALL, tiles);
@@ -185,7 +212,7 @@ void multiply(const float* x, long N, long I, const Weight* w, const float* bias
             float* place = y + (n + r) * O + o;
             Pair sum = is_first ? sums[r] : load_first(place, O - o) + sums[r];
             if (is_last) sum = sum + load(bias + o);
-            if (is_last && with_gelu) sum = {gelu(sum.a), gelu(sum.b)};
+            if (is_last && with_gelu) sum = gelu(sum);
             store_first(place, sum, O - o);
           }
         });
@@ -225,11 +252,66 @@ struct Integers {
   __m256i a, b;
 };
 
+#ifdef __AVX512BF16__
+
+constexpr int PANELS = 2;        // of a tile of bytes or of bf16
+constexpr long TALL_BF16 = 8;    // rows of a tile of bf16: more sums hide its longer latency
+
+// Adds the products of 4 bytes of x and 4 bytes of each of 16 weights to 16 sums.
+struct Bytes {  // unsigned times signed, in 32 bits
+  INLINE static __m512i add(__m512i sums, __m512i x, __m512i weights) {
+    return _mm512_dpbusd_epi32(sums, x, weights);
+  }
+};
+struct Bf16 {  // in fp32
+  INLINE static __m512i add(__m512i sums, __m512i x, __m512i weights) {
+    return (__m512i)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)weights);
+  }
+};
+
+// R rows of x, which are `stride` bytes apart and `depth` long, times two panels, of which each has 64
+// bytes for 4 of x.
+template <class Numbers, int R>
+INLINE void multiply_two(const void* x, long stride, const void* w, long depth, Next next,
+                         __m512i (&sums)[PANELS][R]) {
+  __m512i a[R], b[R];
+  UNROLL for (int r = 0; r < R; r++) a[r] = b[r] = _mm512_setzero_si512();
+  const char *row = (const char*)x, *panel = (const char*)w, *second = panel + depth * WIDE;
+  for (long i = 0; i < depth; i += 4, panel += 4 * WIDE, second += 4 * WIDE) {
+    const __m512i weights_a = _mm512_load_si512(panel), weights_b = _mm512_load_si512(second);
+    UNROLL for (int p = 0; p < PANELS; p++) next.fetch();
+    UNROLL for (int r = 0; r < R; r++) {
+      int32_t four;
+      std::memcpy(&four, row + r * stride + i, 4);
+      a[r] = Numbers::add(a[r], _mm512_set1_epi32(four), weights_a);
+      b[r] = Numbers::add(b[r], _mm512_set1_epi32(four), weights_b);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    sums[0][r] = a[r];
+    sums[1][r] = b[r];
+  }
+}
+
+template <int R>
+INLINE void multiply_tile(const uint8_t* x, long stride, const int8_t* w, long depth, Next next,
+                          Integers (&sums)[PANELS][R]) {
+  __m512i wide[PANELS][R];
+  multiply_two<Bytes>(x, stride, w, depth, next, wide);
+  for (int p = 0; p < PANELS; p++)
+    for (int r = 0; r < R; r++)
+      sums[p][r] = {_mm512_castsi512_si256(wide[p][r]), _mm512_extracti64x4_epi64(wide[p][r], 1)};
+}
+
+#else
+
+constexpr int PANELS = 1;  // of a tile of bytes
+
 // R rows of bytes times one panel (I / 4, 16, 4). vpmaddubsw adds two products of a byte and a
 // signed byte in 16 bits, which hold 2 * 255 * 64; vpmaddwd adds two such sums in 32.
 template <int R>
 INLINE void multiply_tile(const uint8_t* x, long stride, const int8_t* w, long depth, Next next,
-                          Integers (&sums)[R]) {
+                          Integers (&sums)[PANELS][R]) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i a[R], b[R];
   UNROLL for (int r = 0; r < R; r++) a[r] = b[r] = _mm256_setzero_si256();
@@ -246,8 +328,10 @@ INLINE void multiply_tile(const uint8_t* x, long stride, const int8_t* w, long d
       b[r] = _mm256_add_epi32(b[r], _mm256_madd_epi16(high, ones));
     }
   }
-  UNROLL for (int r = 0; r < R; r++) sums[r] = {a[r], b[r]};
+  UNROLL for (int r = 0; r < R; r++) sums[0][r] = {a[r], b[r]};
 }
+
+#endif
 
 // Numbers of one token and head to a panel: (S, K) to (K / 16, S, 16).
 void pack_values(const float* v, long stride, long S, long K, float* panels) {
@@ -299,8 +383,8 @@ int multiply_fp16(const float* x, long N, long I, const uint16_t* w, const float
   return 0;
 }
 
-// The same with integers. w is (O / 16, I / 4, 16, 4), filled up with zeros; `offset` is 128 times
-// the sum of an output's weights, `scale` its scale.
+// The same with integers. w is (O / 16, I / 4, 16, 4), filled up with zeros to an even number of
+// panels; `offset` is 128 times the sum of an output's weights, `scale` its scale.
 int multiply_int8(const float* x, long N, long I, const int8_t* w, const float* bias,
                   int with_gelu, long O, float* y, const int32_t* offset, const float* scale) {
   const long depth = (I + 3) / 4 * 4;
@@ -316,28 +400,69 @@ int multiply_int8(const float* x, long N, long I, const int8_t* w, const float* 
     for (long block = 0; block < N; block += BLOCK) {
       const long end = std::min(block + BLOCK, N), tiles = (end - block + TALL - 1) / TALL;
       #pragma omp for nowait schedule(static)
-      for (long o = 0; o < O; o += WIDE)
-        by_tiles(block, end, [&](long n, auto R) {
-          Integers sums[R];
+      for (long o = 0; o < O; o += PANELS * WIDE)
+        by_tiles<TALL>(block, end, [&](long n, auto R) {
+          Integers sums[PANELS][R];
           const int8_t* panel = w + o * depth;
-          const Next next = Next::part((const int32_t*)(panel + WIDE * depth), depth / 4,
-                                       (n - block) / TALL, tiles);
+          const Next next = Next::part((const int32_t*)(panel + PANELS * WIDE * depth),
+                                       PANELS * depth / 4, (n - block) / TALL, tiles);
           multiply_tile<R>(rounded + n * depth, depth, panel, depth, next, sums);
-          const __m256i* offsets = (const __m256i*)(offset + o);
-          const Pair scales = load(scale + o), b = load(bias + o);
-          for (int r = 0; r < R; r++) {
-            const __m256i whole_a = _mm256_sub_epi32(sums[r].a, offsets[0]);
-            const __m256i whole_b = _mm256_sub_epi32(sums[r].b, offsets[1]);
-            Pair sum = {_mm256_cvtepi32_ps(whole_a) * scales.a * scales_N[n + r] + b.a,
-                        _mm256_cvtepi32_ps(whole_b) * scales.b * scales_N[n + r] + b.b};
-            if (with_gelu) sum = {gelu(sum.a), gelu(sum.b)};
-            store_first(y + (n + r) * O + o, sum, O - o);
+          for (long p = 0, from = o; p < PANELS && from < O; p++, from += WIDE) {
+            const __m256i* offsets = (const __m256i*)(offset + from);
+            const Pair scales = load(scale + from), b = load(bias + from);
+            for (int r = 0; r < R; r++) {
+              const __m256i whole_a = _mm256_sub_epi32(sums[p][r].a, offsets[0]);
+              const __m256i whole_b = _mm256_sub_epi32(sums[p][r].b, offsets[1]);
+              Pair sum = {_mm256_cvtepi32_ps(whole_a) * scales.a * scales_N[n + r] + b.a,
+                          _mm256_cvtepi32_ps(whole_b) * scales.b * scales_N[n + r] + b.b};
+              if (with_gelu) sum = gelu(sum);
+              store_first(y + (n + r) * O + from, sum, O - from);
+            }
           }
         });
     }
   }
   return 0;
 }
+
+#ifdef __AVX512BF16__
+
+// y = x Wt + b in bf16, plus a residual (N, O) unless that is null, then GELU if `with_gelu`; all of
+// it in fp32 and rounded once. w is (O / 16, I / 2, 16, 2), filled up with zeros to an even number of
+// panels; I is even.
+int multiply_bf16(const uint16_t* x, long N, long I, const uint16_t* w, const float* bias,
+                  int with_gelu, long O, uint16_t* y, const uint16_t* residual) {
+  #pragma omp parallel
+  for (long block = 0; block < N; block += BLOCK) {
+    const long end = std::min(block + BLOCK, N);
+    const long tiles = (end - block + TALL_BF16 - 1) / TALL_BF16;
+    #pragma omp for nowait schedule(static)
+    for (long o = 0; o < O; o += PANELS * WIDE)
+      by_tiles<TALL_BF16>(block, end, [&](long n, auto R) {
+        __m512i sums[PANELS][R];
+        const uint16_t* panel = w + o * I;
+        const Next next = Next::part((const int32_t*)(panel + PANELS * WIDE * I), PANELS * I / 2,
+                                     (n - block) / TALL_BF16, tiles);
+        multiply_two<Bf16>(x + n * I, 2 * I, panel, 2 * I, next, sums);
+        for (long p = 0, from = o; p < PANELS && from < O; p++, from += WIDE)
+          for (int r = 0; r < R; r++) {
+            __m512 sum = _mm512_castsi512_ps(sums[p][r]) + _mm512_load_ps(bias + from);
+            const long place = (n + r) * O + from, bytes = 2 * std::min(WIDE, O - from);
+            if (residual) {
+              __m256i halves = {};
+              std::memcpy(&halves, residual + place, bytes);
+              sum += (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+            }
+            if (with_gelu) sum = gelu(sum);
+            const __m256bh rounded = _mm512_cvtneps_pbh(sum);
+            std::memcpy(y + place, &rounded, bytes);
+          }
+      });
+  }
+  return 0;
+}
+
+#endif
 
 // softmax(scale Q Kt) V of every sentence and head. qkv is (N, 3, H, K), sentences lie end to end;
 // `starts` is (B + 1,).
@@ -362,7 +487,7 @@ int attend(const float* qkv, const int32_t* starts, long B, long H, long K, floa
         const float* q = qkv + starts[b] * stride + h * K;
         pack_keys(q + D, stride, S, K, keys);
         pack_values(q + 2 * D, stride, S, K, values);
-        by_tiles(0, S, [&](long s, auto R) {
+        by_tiles<TALL>(0, S, [&](long s, auto R) {
           Pair sums[R];
           for (long key = 0; key < S; key += WIDE) {
             multiply_tile<R>(q + s * stride, stride, keys + key * K, K, {(const char*)q, 0}, sums);

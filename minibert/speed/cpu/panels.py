@@ -9,32 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.speed.cpu.build import kernels
+from minibert.speed.cpu.build import AVX512, BuildError, kernels
 from minibert.speed.linear import TINY, LinearLayer
 
 WIDE = 16  # outputs of a panel, as in kernels.cpp
 
 
-def whole_panels(x_O: Tensor) -> Tensor:
-    """A copy, filled up with zeros along the first dimension to a multiple of ``WIDE``.
+def whole_panels(x_O: Tensor, pairs: bool = False) -> Tensor:
+    """A copy, filled up with zeros along the first dimension to whole panels, or pairs of them.
 
     The kernels need aligned weights. torch aligns what it allocates; a parameter may lie anywhere
     in a file.
     """
-    filled_O = x_O.new_zeros(-(-len(x_O) // WIDE) * WIDE, *x_O.shape[1:])
+    multiple = 2 * WIDE if pairs else WIDE
+    filled_O = x_O.new_zeros(-(-len(x_O) // multiple) * multiple, *x_O.shape[1:])
     filled_O[: len(x_O)] = x_O
     return filled_O
 
 
-def pointer(x: Tensor) -> int:
+def pointer(x: Tensor, dtype: torch.dtype = torch.float32) -> int:
     """The address of what a kernel reads.
 
     Raises:
-        TypeError: not contiguous, not in float32, or not on the CPU.
+        TypeError: not contiguous, of another dtype, or not on the CPU.
     """
-    if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
+    if x.dtype != dtype or not x.is_cpu or not x.is_contiguous():
+        wanted = str(dtype).removeprefix("torch.")
         raise TypeError(
-            f"the C++ kernels read contiguous float32 on the CPU, not {x.dtype} on {x.device}: "
+            f"the C++ kernels read contiguous {wanted} on the CPU, not {x.dtype} on {x.device}: "
             "use prepack=False, or leave out autocast"
         )
     return x.data_ptr()
@@ -44,9 +46,13 @@ def run(name: str, *arguments: float) -> None:
     """Call a kernel.
 
     Raises:
+        BuildError: it cannot run on this CPU.
         MemoryError: memory is short.
     """
-    if kernels()[name](*arguments):
+    kernel = kernels().get(name)
+    if kernel is None:
+        raise BuildError(f"{name} is for a CPU with {', '.join(AVX512)}")
+    if kernel(*arguments):
         raise MemoryError(f"no memory for {name}")
 
 
@@ -55,6 +61,8 @@ class Panels(LinearLayer):
 
     Attributes:
         kernel: its name.
+        dtype: of x, of the result and of the weight it is made of.
+        multiple: of how many inputs the kernel reads; x is filled up with zeros.
         panels: the weight.
         extra: what the kernel reads besides.
 
@@ -64,14 +72,16 @@ class Panels(LinearLayer):
     """
 
     kernel: str
+    dtype = torch.float32
+    multiple = 1
     panels: Tensor
     extra: tuple[Tensor, ...] = ()
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         self.outputs, self.inputs = weight_OI.shape
-        self.bias_O = whole_panels(bias_O.detach())
-        for tensor in (self.bias_O, weight_OI.detach().contiguous()):
-            pointer(tensor)
+        for tensor in (bias_O, weight_OI):
+            pointer(tensor.detach().contiguous(), self.dtype)
+        self.bias_O = whole_panels(bias_O.detach().float())
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
@@ -81,17 +91,20 @@ class Panels(LinearLayer):
         """(N, in) to (N, out), then exact (erf) GELU."""
         return self._multiply(x_NI.contiguous(), with_gelu=True)
 
-    def _multiply(self, x_NI: Tensor, with_gelu: bool) -> Tensor:
+    def _multiply(self, x_NI: Tensor, with_gelu: bool, *more: int) -> Tensor:
         rows, inputs = x_NI.shape  # len(x) takes ten times as long
         if inputs != self.inputs:
             raise ValueError(f"x has {inputs} columns, the weight {self.inputs}")
+        if missing := -inputs % self.multiple:
+            x_NI, inputs = F.pad(x_NI, [0, missing]), inputs + missing
         y_NO = x_NI.new_empty(rows, self.outputs)
         run(
             self.kernel,
-            *(pointer(x_NI), rows, inputs),
+            *(pointer(x_NI, self.dtype), rows, inputs),
             *(self.panels.data_ptr(), self.bias_O.data_ptr(), with_gelu),
             *(self.outputs, y_NO.data_ptr()),
             *[tensor.data_ptr() for tensor in self.extra],
+            *more,
         )
         return y_NO
 
@@ -152,7 +165,8 @@ class BytePanels(Panels):
         super().__init__(weight_OI, bias_O)
         weight_OI = weight_OI.detach()
         scale_O = weight_OI.abs().amax(1).div(64).clamp_min(TINY)
-        rounded_OI = whole_panels(weight_OI.div(scale_O[:, None]).round().to(torch.int8))
+        rounded_OI = weight_OI.div(scale_O[:, None]).round().to(torch.int8)
+        rounded_OI = whole_panels(rounded_OI, pairs=True)
         rounded_OI = F.pad(rounded_OI, [0, -self.inputs % 4])
         # The kernel has x plus 128; this is what the 128 adds to a sum.
         offset_O = rounded_OI.sum(1, dtype=torch.int32) * 128
@@ -160,6 +174,41 @@ class BytePanels(Panels):
         # (O / 16, 16, I / 4, 4) to (O / 16, I / 4, 16, 4)
         four_PWI4 = rounded_OI.unflatten(1, (-1, 4)).unflatten(0, (-1, WIDE))
         self.panels = four_PWI4.transpose(1, 2).contiguous()
+
+
+class Bf16Panels(Panels):
+    """x Wᵀ + b in bf16 with sums, bias and GELU in fp32; on CPUs with AVX512-BF16.
+
+    Args:
+        weight_OI: (out, in), bfloat16, on the CPU.
+        bias_O: (out,), bfloat16.
+    """
+
+    what = "weights in panels for the C++ kernels"
+    kernel = "multiply_bf16"
+    dtype = torch.bfloat16
+    multiple = 2
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor):
+        super().__init__(weight_OI, bias_O)
+        weight_OI = F.pad(whole_panels(weight_OI.detach(), pairs=True), [0, -self.inputs % 2])
+        # (O / 16, 16, I / 2, 2) to (O / 16, I / 2, 16, 2)
+        two_PWI2 = weight_OI.unflatten(1, (-1, 2)).unflatten(0, (-1, WIDE))
+        self.panels = two_PWI2.transpose(1, 2).contiguous()
+
+    def plus(self, x_NI: Tensor, residual_NO: Tensor) -> Tensor:
+        """(N, in) and (N, out) to (N, out): the product plus the residual, rounded once.
+
+        Raises:
+            ValueError: the residual has another shape.
+        """
+        if residual_NO.shape != (len(x_NI), self.outputs):
+            raise ValueError(f"the residual has shape {tuple(residual_NO.shape)}")
+        residual_NO = residual_NO.contiguous()
+        return self._multiply(x_NI.contiguous(), False, pointer(residual_NO, self.dtype))
+
+    def _multiply(self, x_NI: Tensor, with_gelu: bool, *residual: int) -> Tensor:
+        return super()._multiply(x_NI, with_gelu, *(residual or (0,)))
 
 
 def attend(qkv_N3HK: Tensor, starts: Tensor) -> Tensor:
