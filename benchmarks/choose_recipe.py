@@ -40,7 +40,7 @@ CANDIDATES = (
     {"r-drop": "1", "hide": "0.15", "epochs": "6"},
     {"entity-cost": "1"},
     {"r-drop": "1", "entity-cost": "1"},
-    {"r-drop": "1", "epochs": "6", "entity-cost": "1"},
+    *({"r-drop": "1", "epochs": "6", "entity-cost": x} for x in ("0.5", "1")),
     *(
         {"r-drop": "1", "hide": "0.15", "epochs": "6", "entity-cost": x}
         for x in ("0.5", "1", "1.5")

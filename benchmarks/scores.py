@@ -170,17 +170,19 @@ def table(folder: Path = runs.RESULTS) -> str:
     rows = [[title] for title in ROWS.values()]
     for title, (file, command) in COLUMNS.items():
         paths = sorted(folder.glob(f"{file}-2*.json"))
-        found = json.loads(paths[-1].read_text())["runs"] if paths else []
+        result = json.loads(paths[-1].read_text()) if paths else {"runs": []}
+        found = result["runs"]
         head.append(f"{title}, {len(found)} seeds" if found else title)
         if paths:
-            sources.append(f"`{paths[-1].name}` (`{command}`)")
+            sources.append(f"`{paths[-1].name}` (`{command}`, {result['machine']['dtype']})")
         for row, key in zip(rows, ROWS):
             row.append(cell([100 * run[key] for run in found if key in run]))
+    accurate, default = RECIPES["accurate"], RECIPES["default"]
     return (
         f"{markdown(head, rows)}\n\nAll columns share initial weights, seeds, batches and peak "
         "learning rate; transformers pads and does not average the weights. The accurate recipe "
-        f"takes {RECIPES['accurate'].epochs} epochs and runs every batch twice, the others take "
-        f"{RECIPES['default'].epochs} epochs.\n"
+        f"takes {accurate.epochs} epochs, runs every batch twice and has an entity cost of "
+        f"{accurate.entity_cost}; the others take {default.epochs} epochs.\n"
         f"From `benchmarks/results/`: {', '.join(sources)}."
     )
 

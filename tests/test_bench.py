@@ -290,7 +290,8 @@ def test_the_peak_memory_of_a_child_is_measured() -> None:
 
 def test_scores_that_were_not_run_are_shown_as_such(tmp_path: Path) -> None:
     older = [{"seed": i, "entity_f1": f1} for i, f1 in enumerate((0.88, 0.89))]
-    (tmp_path / "scores-minilm-2026-01-01.json").write_text(json.dumps({"runs": older}))
+    result = {"machine": {"dtype": "fp32"}, "runs": older}
+    (tmp_path / "scores-minilm-2026-01-01.json").write_text(json.dumps(result))
     head, _, *f1 = scores.table(tmp_path).splitlines()
     assert head.startswith("| MiniLM on engtest | minibert, 2 seeds | accurate recipe | plain")
     assert f1[0] == "| entity F1, Viterbi | 88.50 ± 0.71 | not run | not run | not run |"

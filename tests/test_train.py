@@ -158,6 +158,10 @@ def test_a_run_with_nothing_to_evaluate_on(files: Path, small: Path, tmp_path: P
             "hide 0.1 needs a second run",
         ),
         (
+            ("--model", "{small}", "--recipe", "accurate", "--decode", "each"),
+            "entity_cost 0.5 needs decode best",
+        ),
+        (
             ("--model", "{small}", "--recipe", "accurate", "--head", "crf"),
             "--head crf needs --r-drop 0 --hide 0",
         ),
