@@ -95,8 +95,9 @@ def choose_int8(device: torch.device) -> Chosen[Linear | None]:
     """
     if device.type != "cpu":
         return Chosen(None, f"int8 runs on a CPU, not on {device.type}")
-    obstacle = build.obstacle() if AVX2 or AVX512_KERNELS else None
-    if (AVX2 or AVX512_KERNELS) and not obstacle:
+    by_kernels = AVX2 or AVX512_KERNELS
+    obstacle = build.obstacle() if by_kernels else None
+    if by_kernels and not obstacle:
         return Chosen(BytePanels, "C++ kernels multiply int8 and sum in int32")
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return Chosen(None, "torch was built without FBGEMM, or the CPU has no AVX2")

@@ -1,6 +1,6 @@
 """Linear layers, attention and add-norm by the C++ kernels. Shape legend: see model/layout.py.
 
-Weights lie in panels of 16 outputs, (O / 16, I, 16), the last one filled up with zeros.
+Weights lie in panels of 16 outputs: (P, I / n, 16, n), where a kernel reads n inputs at once.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ from minibert.speed.linear import TINY, LinearLayer
 WIDE = 16  # outputs of a panel, as in kernels.cpp
 
 
-def whole_panels(x_O: Tensor, pairs: bool = False) -> Tensor:
-    """A copy, filled up with zeros along the first dimension to whole panels, or pairs of them.
+def whole(x_O: Tensor, multiple: int = WIDE) -> Tensor:
+    """A copy, filled up with zeros along the first dimension to a multiple.
 
     The kernels need aligned weights. torch aligns what it allocates; a parameter may lie anywhere
     in a file.
     """
-    multiple = 2 * WIDE if pairs else WIDE
     filled_O = x_O.new_zeros(-(-len(x_O) // multiple) * multiple, *x_O.shape[1:])
     filled_O[: len(x_O)] = x_O
     return filled_O
+
+
+def in_panels(weight_OI: Tensor, n: int = 1) -> Tensor:
+    """A weight in panels, filled up with zeros: an even number of panels where n is above 1."""
+    filled_OI = F.pad(whole(weight_OI, WIDE if n == 1 else 2 * WIDE), [0, -weight_OI.shape[1] % n])
+    panels_PWIn = filled_OI.unflatten(1, (-1, n)).unflatten(0, (-1, WIDE))
+    return panels_PWIn.transpose(1, 2).contiguous()
 
 
 def pointer(x: Tensor, dtype: torch.dtype = torch.float32) -> int:
@@ -81,7 +87,7 @@ class Panels(LinearLayer):
         self.outputs, self.inputs = weight_OI.shape
         for tensor in (bias_O, weight_OI):
             pointer(tensor.detach().contiguous(), self.dtype)
-        self.bias_O = whole_panels(bias_O.detach().float())
+        self.bias_O = whole(bias_O.detach().float())
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
@@ -122,8 +128,7 @@ class FloatPanels(Panels):
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         super().__init__(weight_OI, bias_O)
-        weight_PWI = whole_panels(weight_OI.detach()).unflatten(0, (-1, WIDE))
-        self.panels = weight_PWI.transpose(1, 2).contiguous()
+        self.panels = in_panels(weight_OI.detach())
 
 
 class HalfPanels(FloatPanels):
@@ -166,14 +171,10 @@ class BytePanels(Panels):
         weight_OI = weight_OI.detach()
         scale_O = weight_OI.abs().amax(1).div(64).clamp_min(TINY)
         rounded_OI = weight_OI.div(scale_O[:, None]).round().to(torch.int8)
-        rounded_OI = whole_panels(rounded_OI, pairs=True)
-        rounded_OI = F.pad(rounded_OI, [0, -self.inputs % 4])
         # The kernel has x plus 128; this is what the 128 adds to a sum.
         offset_O = rounded_OI.sum(1, dtype=torch.int32) * 128
-        self.extra = (offset_O, whole_panels(scale_O))
-        # (O / 16, 16, I / 4, 4) to (O / 16, I / 4, 16, 4)
-        four_PWI4 = rounded_OI.unflatten(1, (-1, 4)).unflatten(0, (-1, WIDE))
-        self.panels = four_PWI4.transpose(1, 2).contiguous()
+        self.extra = (whole(offset_O), whole(scale_O))
+        self.panels = in_panels(rounded_OI, 4)
 
 
 class Bf16Panels(Panels):
@@ -191,10 +192,7 @@ class Bf16Panels(Panels):
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         super().__init__(weight_OI, bias_O)
-        weight_OI = F.pad(whole_panels(weight_OI.detach(), pairs=True), [0, -self.inputs % 2])
-        # (O / 16, 16, I / 2, 2) to (O / 16, I / 2, 16, 2)
-        two_PWI2 = weight_OI.unflatten(1, (-1, 2)).unflatten(0, (-1, WIDE))
-        self.panels = two_PWI2.transpose(1, 2).contiguous()
+        self.panels = in_panels(weight_OI.detach(), self.multiple)
 
     def plus(self, x_NI: Tensor, residual_NO: Tensor) -> Tensor:
         """(N, in) and (N, out) to (N, out): the product plus the residual, rounded once.
